@@ -3,5 +3,6 @@
 pub mod cli;
 pub mod error;
 pub mod experiments;
+pub mod report;
 
 pub use error::{Error, Result};
