@@ -6,7 +6,7 @@
 
 use super::block::{Arith, Weights};
 use super::product::{Left, Right};
-use super::solve::{Cg, Systems, apply};
+use super::solve::{Cg, Systems, apply, relative};
 use super::{LANES, TILE};
 use crate::Real;
 use faer::dyn_stack::{MemBuffer, MemStack};
@@ -96,7 +96,7 @@ pub fn solve<C: Real>(
                 continue;
             }
             arith.combine(residual, C::ONE, -C::ONE, &image[i * width..][..width]);
-            run.solved.residual[row] = (arith.dot(residual, residual) / run.norms[row]).root().as_f32();
+            run.solved.residual[row] = relative(arith.dot(residual, residual), run.norms[row]);
             if !refined {
                 let x = &mut x[i * width..][..width];
                 x.copy_from_slice(residual);

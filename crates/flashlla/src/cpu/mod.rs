@@ -223,6 +223,117 @@ fn forward<T: Element, C: Real, O: Element>(
     State { lse: Tensor::new(lse.into_vec(), &rows), key_mean, probe, diagnostics: gathered(solved) }
 }
 
+fn backward<T: Element, G: Element, C: Real, O: Element>(
+    arch: pulp::Arch,
+    problem: &Problem<T>,
+    state: &State<T::Acc>,
+    grad_out: View<G>,
+    [dq, dk, dv]: [ViewMut<O>; 3],
+) -> OtherGradients<T::Acc> {
+    let a = problem.attention();
+    let prepared = Prepared::<C>::new(problem, true);
+    let pool = Pool::new();
+    let call = backward::Call { arch, problem, probe: state.probe.view(), grad_out };
+    let blocks: Vec<backward::BlockBackward<C>> = places(problem)
+        .par_iter()
+        .with_max_len(1)
+        .map(|place| {
+            let (head, bias) =
+                (prepared.head(problem, place), prepared.bias(problem, place.batch, place.head));
+            let block = pool.with(|buffers| backward::rows(&call, head, bias, place, buffers));
+            for (row, i) in place.rows.clone().enumerate() {
+                // SAFETY: every query row belongs to one block, and every block to one task.
+                unsafe {
+                    dq.write_row(place.batch, place.head, i, &block.dq[row * block.width..][..a.head_dim()])
+                };
+            }
+            block
+        })
+        .collect();
+
+    // The blocks of each batch and query head, one after another.
+    let per_head = a.queries().div_ceil(BLOCK);
+    let tiles = a.keys().div_ceil(TILE);
+    let mut flop: u64 = blocks.iter().map(|block| block.flop).sum();
+    let key_heads: Vec<usize> = (0..a.batch() * a.kv_heads()).collect();
+    // The blocks that see a KV head, by query head: consecutive, since query heads of a group are.
+    let seeing = |n: usize| &blocks[n * a.group() * per_head..][..a.group() * per_head];
+    let spoilt: Vec<[Vec<bool>; 2]> =
+        key_heads.par_iter().map(|&n| backward::spoilt(a.keys(), seeing(n).iter())).collect();
+    let tile_results: Vec<(Vec<Vec<C>>, u64)> = (0..key_heads.len() * tiles)
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|task| {
+            let (n, t) = (task / tiles, task % tiles);
+            let (b, h) = (n / a.kv_heads(), n % a.kv_heads());
+            let head = &prepared.heads[n];
+            let group = h * a.group()..(h + 1) * a.group();
+            let biases: Vec<_> = group.map(|h| prepared.bias(problem, b, h).map(|(bias, _)| bias)).collect();
+            let by_head: Vec<_> = seeing(n).chunks(per_head.max(1)).collect();
+            let mut tile = pool.with(|buffers| backward::keys(arch, head, &biases, &by_head, t, buffers));
+            let (width, value_width) = (tile.dk.len() / TILE, tile.dv.len() / TILE);
+            for j in t * TILE..((t + 1) * TILE).min(a.keys()) {
+                let dk_row = &mut tile.dk[(j % TILE) * width..][..a.head_dim()];
+                let dv_row = &mut tile.dv[(j % TILE) * value_width..][..a.value_dim()];
+                if spoilt[n][0][j] {
+                    dk_row.fill(C::NAN);
+                    tile.dbias.iter_mut().for_each(|dbias| dbias[j % TILE] = C::NAN);
+                }
+                if spoilt[n][1][j] {
+                    dv_row.fill(C::NAN);
+                }
+                // SAFETY: every key belongs to one tile, and every tile to one task.
+                unsafe {
+                    dk.write_row(b, h, j, dk_row);
+                    dv.write_row(b, h, j, dv_row);
+                }
+            }
+            (tile.dbias, tile.flop)
+        })
+        .collect();
+
+    // Sums over rows and heads, in order.
+    let mut dridge = vec![C::ZERO; a.ridge().values().len()];
+    let mut dscale = C::ZERO;
+    for block in &blocks {
+        dscale += block.dscale;
+        for (row, i) in block.place.rows.clone().enumerate() {
+            dridge[a.ridge().index(block.place.batch, block.place.head, i)] += block.dridge[row];
+        }
+    }
+    let dbias = problem.bias().map(|bias| {
+        let shape = bias.shape();
+        let mut sum = vec![C::ZERO; shape.iter().product()];
+        for (task, (tile, _)) in tile_results.iter().enumerate() {
+            let (n, t) = (task / tiles, task % tiles);
+            for (in_group, dbias) in tile.iter().enumerate() {
+                let (b, h) = problem.bias_place(n / a.kv_heads(), n % a.kv_heads() * a.group() + in_group);
+                for j in t * TILE..((t + 1) * TILE).min(a.keys()) {
+                    sum[(b * shape[1] + h) * a.keys() + j] += dbias[j % TILE];
+                }
+            }
+        }
+        Tensor::new(sum.into_iter().map(Element::from_real).collect(), &shape)
+    });
+    let dprobe = problem.probe().map(|_| {
+        let rows = |block: &backward::BlockBackward<C>| {
+            let rows = block.dprobe.chunks_exact(block.width).map(|row| row[..a.head_dim()].to_vec());
+            rows.flatten().map(Element::from_real).collect::<Vec<T::Acc>>()
+        };
+        Tensor::new(blocks.iter().flat_map(rows).collect(), &a.query_shape())
+    });
+    flop += tile_results.iter().map(|(_, flop)| flop).sum::<u64>();
+    let mut diagnostics = gathered(blocks.into_iter().map(|block| (block.solved, 0)).collect());
+    diagnostics.flop = flop;
+    OtherGradients {
+        dridge: Tensor::new(dridge.into_iter().map(Element::from_real).collect(), a.ridge().shape()),
+        dscale: Element::from_real(dscale),
+        dbias,
+        dprobe,
+        diagnostics,
+    }
+}
+
 fn gathered(solved: Vec<(solve::Solved, u64)>) -> Diagnostics {
     let mut all = Diagnostics::default();
     for (block, flop) in solved {
@@ -258,7 +369,11 @@ impl Engine for Cpu {
         dv: ViewMut<O>,
     ) -> Result<OtherGradients<T::Acc>> {
         check_gradients(problem, state, &grad_out, [&dq, &dk, &dv])?;
-        crate::Reference::default().backward_into(problem, state, grad_out, dq, dk, dv)
+        Ok(if in_f64(problem) {
+            backward::<T, G, f64, O>(self.arch, problem, state, grad_out, [dq, dk, dv])
+        } else {
+            backward::<T, G, T::Acc, O>(self.arch, problem, state, grad_out, [dq, dk, dv])
+        })
     }
 }
 

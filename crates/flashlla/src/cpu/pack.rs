@@ -138,28 +138,6 @@ fn reference_key<T: Element, C: Real>(k: View<T>, b: usize, h: usize) -> Vec<C> 
         .collect()
 }
 
-/// Rows of queries (or output gradients) of every head in the type of arithmetic, `[B, HQ, N]` rows of `width`. Rows with a
-/// non-finite entry are stored as zeros and marked.
-pub struct PackedRows<C> {
-    pub rows: Vec<C>,
-    pub width: usize,
-    pub bad: Vec<bool>,
-}
-
-impl<C: Real> PackedRows<C> {
-    pub fn new<T: Element>(view: View<T>) -> Self {
-        let [batch, heads, tokens, dim] = view.shape();
-        let width = padded(dim, LANES);
-        let mut rows = vec![C::ZERO; batch * heads * tokens * width];
-        let mut bad = vec![false; batch * heads * tokens];
-        for ((n, row), bad) in rows.chunks_exact_mut(width).enumerate().zip(&mut bad) {
-            let (b, h, i) = (n / (heads * tokens), n / tokens % heads, n % tokens);
-            read_row(view, b, h, i, row, bad);
-        }
-        Self { rows, width, bad }
-    }
-}
-
 /// Reads one token; zeros and a mark when an entry is not finite.
 pub fn read_row<T: Element, C: Real>(
     view: View<T>,

@@ -161,6 +161,12 @@ pub fn solve<C: Real>(
     solved
 }
 
+/// A relative residual from two squared norms. The recurrence can fall below what `x` itself resolves; the report does not.
+pub fn relative<C: Real>(residual: C, rhs: C) -> f32 {
+    let ratio = (residual / rhs).root();
+    if ratio < C::EPSILON { C::EPSILON.as_f32() } else { ratio.as_f32() }
+}
+
 /// The state of a block's solve.
 pub struct Cg<'a, C> {
     /// `|b|²` of each row.
@@ -221,7 +227,7 @@ impl<C: Real> Cg<'_, C> {
                         arith.combine(&mut d[at.clone()], ratio, C::ONE, residual);
                     }
                 }
-                self.solved.residual[row] = (norm[i] / self.norms[row]).root().as_f32();
+                self.solved.residual[row] = relative(norm[i], self.norms[row]);
                 if going {
                     d.copy_within(at, kept * width);
                     (rows[kept], norm[kept]) = (row, norm[i]);
