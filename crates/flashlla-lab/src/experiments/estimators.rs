@@ -61,17 +61,13 @@ impl Pairs {
         self.keys.len() / self.dim
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.keys.is_empty()
-    }
-
     /// Softmax attention's outputs `[m, DV]` at `queries [m, D]`.
     pub fn local_constant(&self, queries: &[f64], weights: &Weights) -> Result<Vec<f64>> {
         let zeros = vec![0.0; queries.len()];
         let attention = self.describe(queries, weights, &[1.0])?;
         let shape = [1, 1, queries.len() / self.dim, self.dim];
-        let problem = self.problem(&attention, queries, weights)?.with_probe(view(&zeros, shape)?)?;
+        let problem = self.problem(&attention, queries, weights)?;
+        let problem = problem.with_probe(view(&zeros, shape)?).map_err(Error::failed)?;
         Ok(forward(&problem)?.into_vec())
     }
 
@@ -85,7 +81,7 @@ impl Pairs {
 
     /// Every ridge is a query head of its own; all of them read the same queries, keys and values.
     fn describe(&self, queries: &[f64], weights: &Weights, ridges: &[f64]) -> Result<Attention> {
-        Ok(Attention::builder()
+        Attention::builder()
             .heads(ridges.len())
             .kv_heads(1)
             .queries(queries.len() / self.dim)
@@ -96,7 +92,8 @@ impl Pairs {
             .scale(weights.scale)
             .ridge(Ridge::per_head(ridges))
             .solver(Solver::Auto { tolerance: Some(1e-8), max_iters: None })
-            .build()?)
+            .build()
+            .map_err(Error::failed)
     }
 
     fn problem<'a>(
@@ -107,12 +104,12 @@ impl Pairs {
     ) -> Result<Problem<'a, f64>> {
         let (n, d) = (self.len(), self.dim);
         let shape = [1, attention.heads(), queries.len() / d, d];
-        let q = View::strided(queries, 0, shape, [0, 0, d as isize, 1])?;
+        let q = View::strided(queries, 0, shape, [0, 0, d as isize, 1]).map_err(Error::failed)?;
         let k = view(&self.keys, [1, 1, n, d])?;
         let v = view(&self.values, [1, 1, n, self.value_dim])?;
-        let problem = attention.problem(q, k, v)?;
+        let problem = attention.problem(q, k, v).map_err(Error::failed)?;
         Ok(match &weights.bias {
-            Some(bias) => problem.with_bias(view(bias, [1, 1, n, 1])?)?,
+            Some(bias) => problem.with_bias(view(bias, [1, 1, n, 1])?).map_err(Error::failed)?,
             None => problem,
         })
     }
@@ -171,7 +168,9 @@ struct GlobalFit {
 
 impl GlobalFit {
     fn at(&self, query: &[f64], value_dim: usize) -> Vec<f64> {
-        let term = |e| query.iter().zip(&self.key_mean).enumerate().map(move |(i, (q, m))| (q - m) * self.slope[(i, e)]);
+        let term = |e| {
+            query.iter().zip(&self.key_mean).enumerate().map(move |(i, (q, m))| (q - m) * self.slope[(i, e)])
+        };
         (0..value_dim).map(|e| self.value_mean[e] + term(e).sum::<f64>()).collect()
     }
 }
@@ -183,11 +182,11 @@ pub fn column_means(rows: &[f64], width: usize) -> Vec<f64> {
 }
 
 fn view(data: &[f64], shape: [usize; 4]) -> Result<View<'_, f64>> {
-    Ok(View::bhnd(data, shape)?)
+    View::bhnd(data, shape).map_err(Error::failed)
 }
 
 fn forward(problem: &Problem<f64>) -> Result<Tensor<f64>> {
-    Ok(Cpu::default().forward(problem)?.out)
+    Ok(Cpu::default().forward(problem).map_err(Error::failed)?.out)
 }
 
 #[cfg(test)]
@@ -197,7 +196,12 @@ mod tests {
 
     fn pairs(n: usize, dim: usize, value_dim: usize) -> Pairs {
         let mut rng = random::stream(5, 0);
-        Pairs { dim, value_dim, keys: random::normals(&mut rng, n * dim), values: random::normals(&mut rng, n * value_dim) }
+        Pairs {
+            dim,
+            value_dim,
+            keys: random::normals(&mut rng, n * dim),
+            values: random::normals(&mut rng, n * value_dim),
+        }
     }
 
     fn without(pairs: &Pairs, i: usize) -> Pairs {
@@ -279,8 +283,9 @@ mod tests {
             pairs.local_linear(&pairs.keys, &weights(&pairs, Mask::full().leave_one_out()), &[0.1]).unwrap();
         for i in 0..pairs.len() {
             let rest = without(&pairs, i);
-            let refit =
-                rest.local_linear(&pairs.keys[i * 2..(i + 1) * 2], &weights(&rest, Mask::full()), &[0.1]).unwrap();
+            let refit = rest
+                .local_linear(&pairs.keys[i * 2..(i + 1) * 2], &weights(&rest, Mask::full()), &[0.1])
+                .unwrap();
             assert_close(&out[0][i..i + 1], &refit[0], 1e-7);
         }
     }

@@ -1,5 +1,7 @@
 //! Axes: where values lie and which of them are labelled.
 
+use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
+
 /// How values are spread along an [`Axis`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Scale {
@@ -29,6 +31,32 @@ pub(super) struct Ticks {
     pub range: (f64, f64),
     pub places: Vec<f64>,
     pub labels: Vec<String>,
+}
+
+impl Ranged for Ticks {
+    type FormatOption = NoDefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (start, end): (i32, i32)) -> i32 {
+        let (low, high) = self.range;
+        start + ((value - low) / (high - low) * f64::from(end - start)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        // The lines between those that are labelled stay away.
+        if hint.weight().allow_light_points() { vec![] } else { self.places.clone() }
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        self.range.0..self.range.1
+    }
+}
+
+impl ValueFormatter<f64> for Ticks {
+    fn format_ext(&self, value: &f64) -> String {
+        let place = self.places.iter().position(|place| (place - value).abs() < 1e-9);
+        place.map_or(String::new(), |i| self.labels[i].clone())
+    }
 }
 
 impl Axis {
@@ -109,7 +137,8 @@ fn label(value: f64, log: bool) -> String {
             .chars()
             .map(|c| match c {
                 '-' => '⁻',
-                digit => ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'][digit.to_digit(10).unwrap_or(0) as usize],
+                digit => ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹']
+                    [digit.to_digit(10).unwrap_or(0) as usize],
             })
             .collect();
         return if factor == 1.0 { format!("10{digits}") } else { format!("{factor}·10{digits}") };

@@ -2,7 +2,7 @@
 //!
 //! The font travels with the program, so a figure looks the same wherever it was made.
 
-use super::axis::{Axis, Ticks};
+use super::axis::Axis;
 use crate::{Error, Result};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -29,6 +29,8 @@ pub mod colours {
     pub const GREEN: RGBColor = RGBColor(0, 158, 115);
     /// Linear attention.
     pub const PURPLE: RGBColor = RGBColor(204, 121, 167);
+    /// Theory.
+    pub const GREY: RGBColor = RGBColor(110, 110, 110);
 }
 
 /// How a series is drawn.
@@ -150,8 +152,8 @@ impl Figure {
         options.fontdb_mut().load_font_data(dejavu::sans::regular().to_vec());
         let tree = usvg::Tree::from_str(svg, &options).map_err(drawing)?;
         let size = tree.size().to_int_size();
-        let mut pixels = tiny_skia::Pixmap::new(size.width(), size.height())
-            .ok_or_else(|| drawing("it has no area"))?;
+        let mut pixels =
+            tiny_skia::Pixmap::new(size.width(), size.height()).ok_or_else(|| drawing("it has no area"))?;
         resvg::render(&tree, tiny_skia::Transform::identity(), &mut pixels.as_mut());
         pixels.encode_png().map_err(drawing)
     }
@@ -192,8 +194,10 @@ impl Figure {
                     area.draw(&PathElement::new(vec![(x, y), (x + sample, y)], entry.colour.stroke_width(5)))
                         .map_err(drawing)?;
                     if let Mark::Line(corners) = entry.mark {
-                        let corners =
-                            marker(corners, 12.0).iter().map(|(dx, dy)| (x + sample / 2 + dx, y + dy)).collect();
+                        let corners = marker(corners, 12.0)
+                            .iter()
+                            .map(|(dx, dy)| (x + sample / 2 + dx, y + dy))
+                            .collect();
                         area.draw(&Polygon::new::<Vec<_>, _>(corners, entry.colour.filled()))
                             .map_err(drawing)?;
                     }
@@ -213,34 +217,19 @@ impl Panel {
         let from_zero = self.series.iter().any(|series| series.mark == Mark::Bar);
         let x = self.x.layout(all().map(|p| (p.0, p.0)), false);
         let y = self.y.layout(all().map(|p| (p.1 - p.2, p.1 + p.2)), from_zero);
-        let Ticks { range: (x0, x1), places: x_places, labels: x_labels } = x;
-        let Ticks { range: (y0, y1), places: y_places, labels: y_labels } = y;
+        let (y0, y1) = y.range;
         let mut builder = ChartBuilder::on(area);
         builder.margin_top(8).margin_right(36).margin_bottom(14).margin_left(14);
         builder.x_label_area_size(100).y_label_area_size(140);
         if !self.title.is_empty() {
             builder.caption(&self.title, text(30, INK));
         }
-        let mut chart = builder
-            .build_cartesian_2d(
-                (x0..x1).with_key_points(x_places.clone()),
-                (y0..y1).with_key_points(y_places.clone()),
-            )
-            .map_err(drawing)?;
-        let format = |places: Vec<f64>, labels: Vec<String>| {
-            move |value: &f64| {
-                let place = places.iter().position(|p| (p - value).abs() < 1e-9);
-                place.map_or(String::new(), |i| labels[i].clone())
-            }
-        };
-        let (format_x, format_y) = (format(x_places, x_labels), format(y_places, y_labels));
+        let mut chart = builder.build_cartesian_2d(x, y).map_err(drawing)?;
         let mut mesh = chart.configure_mesh();
         mesh.x_desc(&self.x.label)
             .y_desc(&self.y.label)
             .axis_desc_style(text(TEXT + 1, INK))
             .label_style(text(TEXT - 3, INK))
-            .x_label_formatter(&format_x)
-            .y_label_formatter(&format_y)
             .bold_line_style(GRID.stroke_width(2))
             .light_line_style(TRANSPARENT)
             .axis_style(INK.stroke_width(2));

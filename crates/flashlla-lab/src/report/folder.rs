@@ -36,7 +36,7 @@ impl Folder {
             Ok(mut entries) => {
                 let ours = earlier_files(path);
                 let foreign = |entry: std::io::Result<fs::DirEntry>| {
-                    entry.map_or(true, |e| !ours.iter().any(|name| *name == *e.file_name()))
+                    entry.map_or(true, |e| !ours.iter().any(|name| **name == *e.file_name()))
                 };
                 if entries.any(foreign) {
                     return Err(refuse(

@@ -65,14 +65,16 @@ impl Report {
 
     fn files(&self) -> Vec<String> {
         let tables = self.tables.iter().chain(&self.data).map(|table| format!("{}.csv", table.name));
-        let figures = self.figures.iter().flat_map(|f| [format!("{}.svg", f.name), format!("{}.png", f.name)]);
+        let figures =
+            self.figures.iter().flat_map(|f| [format!("{}.svg", f.name), format!("{}.png", f.name)]);
         tables.chain(figures).chain(["result.json".into()]).collect()
     }
 
     /// Writes all files.
     pub fn write(&self, folder: Folder) -> Result<()> {
         for table in self.tables.iter().chain(&self.data) {
-            let csv = table.to_csv().map_err(|error| Error::failed(format!("{}.csv: {error}", table.name)))?;
+            let csv =
+                table.to_csv().map_err(|error| Error::failed(format!("{}.csv: {error}", table.name)))?;
             folder.add(&format!("{}.csv", table.name), &csv)?;
         }
         for figure in &self.figures {
