@@ -123,7 +123,10 @@ fn windows_that_start_and_end_inside_tiles_agree_with_the_reference() {
     }
     for offset in [-260, -129, -128, -65, -1, 1, 63, 64, 100, 128, 129, 259, 300, 500] {
         agrees(AnyEngine::cpu(), &long(Mask::causal().q_offset(offset), 200, 260, 7));
-        agrees(AnyEngine::cpu(), &long(Mask::causal().window(70).q_offset(offset).leave_one_out(), 200, 260, 8));
+        agrees(
+            AnyEngine::cpu(),
+            &long(Mask::causal().window(70).q_offset(offset).leave_one_out(), 200, 260, 8),
+        );
     }
     // Sequences of every kind of length, some empty, more than one in a tile and some over several.
     let lengths = [0, 1, 2, 0, 0, 61, 64, 1, 65, 0, 128, 3, 127, 5, 0, 48, 8, 0];
@@ -171,7 +174,8 @@ fn true_residuals(attention: &Attention, data: &Data, got: &Results) -> Vec<f64>
                 (0..d).map(|e| t.view().at(0, h, i, e)).collect()
             };
             let (q, x) = (row(&data.q, h, i), row(&got.probe, h, i));
-            let keys: Vec<Vec<f64>> = visible.iter().map(|&j| row(&data.k, h / attention.group(), j)).collect();
+            let keys: Vec<Vec<f64>> =
+                visible.iter().map(|&j| row(&data.k, h / attention.group(), j)).collect();
             let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
             let logits: Vec<f64> = keys.iter().map(|k| attention.scale() * dot(&q, k)).collect();
             let total: f64 = logits.iter().map(|s| s.exp()).sum();
@@ -181,7 +185,8 @@ fn true_residuals(attention: &Attention, data: &Data, got: &Results) -> Vec<f64>
             let ridge = attention.ridge().at(0, h, i);
             let (mut residual, mut delta) = (0.0, 0.0);
             for e in 0..d {
-                let ax: f64 = (0..p.len()).map(|j| p[j] * alpha[j] * (keys[j][e] - mean[e])).sum::<f64>() + ridge * x[e];
+                let ax: f64 = (0..p.len()).map(|j| p[j] * alpha[j] * (keys[j][e] - mean[e])).sum::<f64>()
+                    + ridge * x[e];
                 residual += (mean[e] - q[e] - ax).powi(2);
                 delta += (mean[e] - q[e]).powi(2);
             }
@@ -213,7 +218,10 @@ fn solvers_agree() {
                 for solve in [&got.solve, &got.second_solve] {
                     let rows = attention.heads() * attention.queries();
                     assert_eq!((solve.iterations.len(), solve.residual.len()), (rows, rows));
-                    assert!(solve.worst_residual() <= 2.0 * tolerance.max(1e-6) as f32, "{solver:?} {dtype:?}");
+                    assert!(
+                        solve.worst_residual() <= 2.0 * tolerance.max(1e-6) as f32,
+                        "{solver:?} {dtype:?}"
+                    );
                 }
             }
         }
@@ -272,7 +280,8 @@ fn high_precision_is_nearer_than_standard() {
         let error = |precision| {
             let attention = case.builder().precision(precision).ridge(Ridge::scalar(ridge)).build().unwrap();
             let got = run::<f32>(AnyEngine::cpu(), &attention, &data);
-            ["out", "dq", "dk", "dv"].map(|name| relative_error(got.get(name).data(), want.get(name).data(), 0.0))
+            ["out", "dq", "dk", "dv"]
+                .map(|name| relative_error(got.get(name).data(), want.get(name).data(), 0.0))
         };
         let (high, standard) = (error(Precision::High), error(Precision::Standard));
         for (high, standard) in high.into_iter().zip(standard) {

@@ -3,7 +3,8 @@
 
 use crate::common::*;
 use flashlla::{
-    Attention, AttentionBuilder, Engine, Error, Mask, Problem, Result, Ridge, Solver, State, Tensor, View, ViewMut,
+    Attention, AttentionBuilder, Engine, Error, Mask, Problem, Result, Ridge, Solver, State, Tensor, View,
+    ViewMut,
 };
 use std::fmt::Debug;
 
@@ -40,7 +41,11 @@ fn wrong_descriptions_are_refused() {
         ("ridge below 0", base().ridge(-2.5), &["ridge", "-2.5", "greater than 0"]),
         ("ridge NaN", base().ridge(f64::NAN), &["ridge", "NaN", "finite"]),
         ("ridge infinite", base().ridge(f64::INFINITY), &["ridge", "inf", "finite"]),
-        ("one bad ridge", base().ridge(Ridge::per_head([1., 1., 1., -3., 1., 1.])), &["ridge", "-3", "greater"]),
+        (
+            "one bad ridge",
+            base().ridge(Ridge::per_head([1., 1., 1., -3., 1., 1.])),
+            &["ridge", "-3", "greater"],
+        ),
         ("ridges for other heads", base().ridge(Ridge::per_head([1.0; 3])), &["ridge", "[3]", "[6]"]),
         ("ridges of no head", base().ridge(Ridge::per_head([])), &["ridge", "[0]", "[6]"]),
         (
@@ -48,7 +53,11 @@ fn wrong_descriptions_are_refused() {
             base().ridge(Ridge::per_query([1.0; 72], [2, 6, 6])),
             &["ridge", "[2, 6, 6]", "[2, 6, 5]"],
         ),
-        ("too few ridges", base().ridge(Ridge::per_query([1.0; 59], [2, 6, 5])), &["ridge", "59", "[2, 6, 5]"]),
+        (
+            "too few ridges",
+            base().ridge(Ridge::per_query([1.0; 59], [2, 6, 5])),
+            &["ridge", "59", "[2, 6, 5]"],
+        ),
         (
             "a ridge shape that overflows",
             base().ridge(Ridge::per_query([1.0], [usize::MAX, usize::MAX, 2])),
@@ -60,7 +69,11 @@ fn wrong_descriptions_are_refused() {
         ("cu_seqlens from 1", base().mask(cu(&[1, 7])), &["cu_seqlens", "[1, 7]", "from 0", "(7)"]),
         ("cu_seqlens too short", base().mask(cu(&[0, 3, 6])), &["cu_seqlens", "[0, 3, 6]", "(7)"]),
         ("cu_seqlens too long", base().mask(cu(&[0, 3, 8])), &["cu_seqlens", "[0, 3, 8]", "(7)"]),
-        ("cu_seqlens falling", base().mask(cu(&[0, 5, 3, 7])), &["cu_seqlens", "[0, 5, 3, 7]", "never decreasing"]),
+        (
+            "cu_seqlens falling",
+            base().mask(cu(&[0, 5, 3, 7])),
+            &["cu_seqlens", "[0, 5, 3, 7]", "never decreasing"],
+        ),
         ("cu_seqlens long", base().mask(cu(&[3; 1000])), &["cu_seqlens", "998 values", "(7)"]),
         ("queries after the sequences", base().mask(cu(&[0, 7]).q_offset(3)), &["q_offset", "3", "0..7"]),
         ("queries before the sequences", base().mask(cu(&[0, 7]).q_offset(-1)), &["q_offset", "-1", "0..7"]),
@@ -84,7 +97,11 @@ fn wrong_descriptions_are_refused() {
         ("too many queries", base().queries(usize::MAX), &["queries", "18446744073709551615", "batch 2"]),
         ("too many keys", base().keys(usize::MAX / 5), &["keys", "3689348814741910323", "batch 2"]),
         ("too large a batch", base().batch(usize::MAX / 2), &["queries", "5", "batch 9223372036854775807"]),
-        ("too many heads", base().heads(usize::MAX).kv_heads(1), &["queries", "5", "18446744073709551615 heads"]),
+        (
+            "too many heads",
+            base().heads(usize::MAX).kv_heads(1),
+            &["queries", "5", "18446744073709551615 heads"],
+        ),
     ];
     assert!(cases.len() >= 40);
     for (what, builder, parts) in cases {
@@ -122,33 +139,57 @@ fn wrong_shapes_are_refused() {
     for shape in [[1, 6, 5, 4], [2, 3, 5, 4], [2, 6, 4, 4], [2, 6, 5, 5], [2, 5, 6, 4], [0, 6, 5, 4]] {
         let wrong = zeros(shape);
         let given = format!("{shape:?}");
-        refused("q", attention.problem(wrong.view(), k.view(), v.view()), &["q", &given, "[2, 6, 5, 4]", "query heads"]);
+        refused(
+            "q",
+            attention.problem(wrong.view(), k.view(), v.view()),
+            &["q", &given, "[2, 6, 5, 4]", "query heads"],
+        );
     }
     for shape in [[2, 6, 7, 4], [2, 3, 5, 4], [2, 3, 7, 3], [1, 3, 7, 4]] {
         let wrong = zeros(shape);
         let given = format!("{shape:?}");
-        refused("k", attention.problem(q.view(), wrong.view(), v.view()), &["k", &given, "[2, 3, 7, 4]", "KV heads"]);
+        refused(
+            "k",
+            attention.problem(q.view(), wrong.view(), v.view()),
+            &["k", &given, "[2, 3, 7, 4]", "KV heads"],
+        );
     }
     for shape in [[2, 6, 7, 3], [2, 3, 8, 3], [2, 3, 7, 4]] {
         let wrong = zeros(shape);
         let given = format!("{shape:?}");
-        refused("v", attention.problem(q.view(), k.view(), wrong.view()), &["v", &given, "[2, 3, 7, 3]", "value_dim"]);
+        refused(
+            "v",
+            attention.problem(q.view(), k.view(), wrong.view()),
+            &["v", &given, "[2, 3, 7, 3]", "value_dim"],
+        );
     }
     let problem = || attention.problem(q.view(), k.view(), v.view()).unwrap();
     for shape in [[3, 1, 7, 1], [2, 2, 7, 1], [1, 1, 6, 1], [1, 1, 7, 2], [1, 1, 1, 7], [0, 1, 7, 1]] {
         let wrong = zeros(shape);
-        refused("bias", problem().with_bias(wrong.view()), &["bias", &format!("{shape:?}"), "[2 or 1, 6 or 3 or 1, 7, 1]"]);
+        refused(
+            "bias",
+            problem().with_bias(wrong.view()),
+            &["bias", &format!("{shape:?}"), "[2 or 1, 6 or 3 or 1, 7, 1]"],
+        );
     }
     for shape in [[2, 3, 5, 4], [2, 6, 5, 3], [1, 6, 5, 4]] {
         let wrong = zeros(shape);
-        refused("probe", problem().with_probe(wrong.view()), &["probe", &format!("{shape:?}"), "[2, 6, 5, 4]"]);
+        refused(
+            "probe",
+            problem().with_probe(wrong.view()),
+            &["probe", &format!("{shape:?}"), "[2, 6, 5, 4]"],
+        );
     }
 }
 
 /// Sizes taken from the tensors themselves do not hide that they disagree.
 #[test]
 fn a_description_made_for_tensors_finds_disagreeing_ones() {
-    let (q, k, v) = (Tensor::<f32>::zeros(&[2, 4, 5, 8]), Tensor::<f32>::zeros(&[2, 2, 9, 8]), Tensor::<f32>::zeros(&[2, 2, 9, 6]));
+    let (q, k, v) = (
+        Tensor::<f32>::zeros(&[2, 4, 5, 8]),
+        Tensor::<f32>::zeros(&[2, 2, 9, 8]),
+        Tensor::<f32>::zeros(&[2, 2, 9, 6]),
+    );
     let attempt = |q: &Tensor<f32>, k: &Tensor<f32>, v: &Tensor<f32>| -> Result<()> {
         let attention = Attention::builder_for(&q.view(), &k.view(), &v.view()).build()?;
         attention.problem(q.view(), k.view(), v.view())?;
@@ -192,24 +233,33 @@ fn a_forward_that_is_refused_leaves_its_output_alone() {
 #[test]
 fn a_backward_that_is_refused_leaves_its_outputs_alone() {
     with_problem(|engine, attention, problem, state| {
-        let attempt = |what: &str, state: &State<f32>, g: [usize; 4], shapes: [[usize; 4]; 3], parts: &[&str]| {
-            let [mut dq, mut dk, mut dv] = shapes.map(|shape| vec![MARK; shape.iter().product()]);
-            let grad_out = Tensor::<f32>::zeros(&g);
-            let result = engine.backward_into(
-                problem,
-                state,
-                grad_out.view(),
-                ViewMut::bhnd(&mut dq, shapes[0]).unwrap(),
-                ViewMut::bhnd(&mut dk, shapes[1]).unwrap(),
-                ViewMut::bhnd(&mut dv, shapes[2]).unwrap(),
-            );
-            refused(what, result, parts);
-            assert!([dq, dk, dv].iter().flatten().all(|&x| x == MARK), "{what}: outputs written by {engine:?}");
-        };
-        let (right, out) = ([attention.query_shape(), attention.key_shape(), attention.value_shape()], attention.out_shape());
+        let attempt =
+            |what: &str, state: &State<f32>, g: [usize; 4], shapes: [[usize; 4]; 3], parts: &[&str]| {
+                let [mut dq, mut dk, mut dv] = shapes.map(|shape| vec![MARK; shape.iter().product()]);
+                let grad_out = Tensor::<f32>::zeros(&g);
+                let result = engine.backward_into(
+                    problem,
+                    state,
+                    grad_out.view(),
+                    ViewMut::bhnd(&mut dq, shapes[0]).unwrap(),
+                    ViewMut::bhnd(&mut dk, shapes[1]).unwrap(),
+                    ViewMut::bhnd(&mut dv, shapes[2]).unwrap(),
+                );
+                refused(what, result, parts);
+                assert!(
+                    [dq, dk, dv].iter().flatten().all(|&x| x == MARK),
+                    "{what}: outputs written by {engine:?}"
+                );
+            };
+        let (right, out) = (
+            [attention.query_shape(), attention.key_shape(), attention.value_shape()],
+            attention.out_shape(),
+        );
         attempt("grad_out", state, [2, 6, 5, 4], right, &["grad_out", "[2, 6, 5, 4]", "[2, 6, 5, 3]"]);
         attempt("grad_out", state, [2, 3, 5, 3], right, &["grad_out", "[2, 3, 5, 3]", "[2, 6, 5, 3]"]);
-        let wrong = |place: usize, shape: [usize; 4]| std::array::from_fn(|i| if i == place { shape } else { right[i] });
+        let wrong = |place: usize, shape: [usize; 4]| {
+            std::array::from_fn(|i| if i == place { shape } else { right[i] })
+        };
         attempt("dq", state, out, wrong(0, [2, 6, 5, 3]), &["dq", "[2, 6, 5, 3]", "[2, 6, 5, 4]"]);
         attempt("dk", state, out, wrong(1, [2, 6, 7, 4]), &["dk", "[2, 6, 7, 4]", "[2, 3, 7, 4]"]);
         attempt("dv", state, out, wrong(2, [2, 3, 7, 4]), &["dv", "[2, 3, 7, 4]", "[2, 3, 7, 3]"]);

@@ -36,7 +36,8 @@ fn read(path: &Path) -> Golden {
         mask = mask.window(number("window") as usize);
     }
     if !metadata["cu_seqlens"].is_empty() {
-        mask = mask.cu_seqlens(metadata["cu_seqlens"].split(',').map(|x| x.parse().unwrap()).collect::<Vec<_>>());
+        mask = mask
+            .cu_seqlens(metadata["cu_seqlens"].split(',').map(|x| x.parse().unwrap()).collect::<Vec<_>>());
     }
     let [q, k, v, grad_out, ridge] = ["q", "k", "v", "grad_out", "ridge"].map(tensor);
     let smallest = ridge.data().iter().copied().fold(f64::INFINITY, f64::min);

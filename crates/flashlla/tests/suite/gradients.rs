@@ -104,7 +104,10 @@ fn check_directions(engine: AnyEngine, case: &Case) {
         let typical = gradient.iter().map(|x| x * x).sum::<f64>().sqrt() * size / length;
         let allowed = 1e-6 * (want.abs() + typical) + 1e-9;
         let error = (slope - want).abs();
-        assert!(error <= allowed, "{name} of {engine:?}: differences give {slope:e}, gradient {want:e}\n{case:?}");
+        assert!(
+            error <= allowed,
+            "{name} of {engine:?}: differences give {slope:e}, gradient {want:e}\n{case:?}"
+        );
     }
 }
 

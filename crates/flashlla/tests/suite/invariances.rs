@@ -5,11 +5,6 @@ use flashlla::{Attention, Mask, Ridge, Tensor};
 use proptest::prelude::*;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-/// Engines and the storage types that hold the case's numbers.
-fn engine_types(grid: Grid) -> impl Iterator<Item = (AnyEngine, Dtype)> {
-    AnyEngine::exact().into_iter().flat_map(move |engine| grid.dtypes().iter().map(move |&dtype| (engine, dtype)))
-}
-
 /// `[B, H, N, X]` restricted to some batches, heads and tokens.
 fn part(
     tensor: &Tensor<f64>,
@@ -80,7 +75,7 @@ proptest! {
         for (bias, key) in bias.iter_mut().zip(moved.k.data().chunks(d)) {
             *bias -= attention.scale() * key.iter().zip(&t).map(|(k, t)| k * t).sum::<f64>();
         }
-        for (engine, dtype) in engine_types(Grid::F32) {
+        for (engine, dtype) in AnyEngine::with_types(Grid::F32) {
             let (want, got) = (run_as(dtype, engine, &attention, &data), run_as(dtype, engine, &attention, &moved));
             // Logits and keys are larger by the move; so is their rounding.
             let size = 1.0 + far * far * d as f64 * attention.scale();
@@ -118,7 +113,7 @@ proptest! {
         let mut shuffled = data.clone();
         (shuffled.k, shuffled.v) = (permute(&data.k), permute(&data.v));
         shuffled.bias = data.bias.as_ref().map(permute);
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let mut want = run_as(dtype, engine, &attention, &data);
             let got = run_as(dtype, engine, &attention, &shuffled);
             (want.dk, want.dv) = (permute(&want.dk), permute(&want.dv));
@@ -134,7 +129,7 @@ proptest! {
         case.bias = None;
         let (attention, data) = (case.attention(), case.data());
         let ridge = spread(&attention);
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let whole = attention_like(&case, per_query(ridge.clone()));
             let all = run_as(dtype, engine, &whole, &data);
             for b in 0..case.batch {
@@ -194,7 +189,7 @@ proptest! {
             });
             Tensor::new(data.collect(), &[b, h / group, m, x])
         };
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let got = run_as(dtype, engine, &attention, &data);
             let mut want = run_as(dtype, engine, &ungrouped, &repeated);
             (want.dk, want.dv) = (fold(&want.dk), fold(&want.dv));
@@ -227,7 +222,7 @@ proptest! {
         let (attention, data) = (case.attention(), case.data());
         let ridge = spread(&attention);
         let whole = attention_like(&case, per_query(ridge.clone()));
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let all = run_as(dtype, engine, &whole, &data);
             for sequence in cu.windows(2) {
                 let (start, end) = (sequence[0], sequence[1]);
@@ -291,7 +286,7 @@ proptest! {
         let ridge = spread(&attention);
         let whole = attention_like(&case, per_query(ridge.clone()));
         let heads = attention.heads();
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let all = run_as(dtype, engine, &whole, &data);
             let mut sums: Option<[Vec<f64>; 4]> = None;
             for queries in [0..split, split..case.queries] {
@@ -352,7 +347,15 @@ fn attention_like(case: &Case, ridge: Ridge) -> Attention {
 #[test]
 fn parts_of_a_mask_that_hide_nothing_do_nothing() {
     let attention = |mask: Mask| {
-        Attention::builder().heads(2).kv_heads(1).queries(131).head_dim(7).value_dim(5).mask(mask).build().unwrap()
+        Attention::builder()
+            .heads(2)
+            .kv_heads(1)
+            .queries(131)
+            .head_dim(7)
+            .value_dim(5)
+            .mask(mask)
+            .build()
+            .unwrap()
     };
     for (plain, same) in [
         (Mask::causal(), Mask::causal().window(131)),
@@ -364,10 +367,17 @@ fn parts_of_a_mask_that_hide_nothing_do_nothing() {
     ] {
         let (plain, same) = (attention(plain), attention(same));
         let data = Data::random(&plain, 3, Grid::Half);
-        for (engine, dtype) in engine_types(Grid::Half) {
+        for (engine, dtype) in AnyEngine::with_types(Grid::Half) {
             let (want, got) = (run_as(dtype, engine, &plain, &data), run_as(dtype, engine, &same, &data));
             let tolerance = Tolerance::of(dtype, &plain);
-            assert_results(&format!("{:?}, {engine:?} {dtype:?}", same.mask()), &plain, &data, &got, &want, tolerance);
+            assert_results(
+                &format!("{:?}, {engine:?} {dtype:?}", same.mask()),
+                &plain,
+                &data,
+                &got,
+                &want,
+                tolerance,
+            );
         }
     }
 }

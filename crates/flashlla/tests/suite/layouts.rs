@@ -38,7 +38,12 @@ impl Layout {
 
     fn indices(shape: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
         (0..shape.iter().product()).map(move |i: usize| {
-            [i / (shape[1] * shape[2] * shape[3]), i / (shape[2] * shape[3]) % shape[1], i / shape[3] % shape[2], i % shape[3]]
+            [
+                i / (shape[1] * shape[2] * shape[3]),
+                i / (shape[2] * shape[3]) % shape[1],
+                i / shape[3] % shape[2],
+                i % shape[3],
+            ]
         })
     }
 
@@ -79,7 +84,9 @@ impl<T: Element> Scattered<T> {
     fn gather(&self) -> (Vec<T>, Vec<T>) {
         let mut between: Vec<Option<T>> = self.memory.iter().copied().map(Some).collect();
         let inside = Layout::indices(self.shape)
-            .map(|index| between[Layout::place(self.offset, self.strides, index)].take().expect("places are disjoint"))
+            .map(|index| {
+                between[Layout::place(self.offset, self.strides, index)].take().expect("places are disjoint")
+            })
             .collect();
         (inside, between.into_iter().flatten().collect())
     }
@@ -91,7 +98,8 @@ const NAN: f64 = f64::NAN;
 fn scattered_inputs<T: Element>(engine: AnyEngine, attention: &Attention, data: &Data, layouts: &[Layout]) {
     let want = run::<T>(engine, attention, data);
     let nan = T::from_real(NAN);
-    let lay = |turn: usize, tensor: &Tensor<f64>| layouts[turn % layouts.len()].scatter(&cast::<T>(tensor), nan);
+    let lay =
+        |turn: usize, tensor: &Tensor<f64>| layouts[turn % layouts.len()].scatter(&cast::<T>(tensor), nan);
     let (q, k, v, g) = (lay(0, &data.q), lay(1, &data.k), lay(2, &data.v), lay(3, &data.grad_out));
     let small = |turn: usize, tensor: &Option<Tensor<f64>>| {
         let nan = T::Acc::from_real(NAN);
@@ -151,14 +159,17 @@ fn scattered_outputs<T: Element, O: Element>(
     }
     let filler = O::from_real(-77.0f64);
     let lay = |turn: usize, shape: [usize; 4]| {
-        layouts[turn % layouts.len()].scatter(&Tensor::new(vec![filler; shape.iter().product()], &shape), filler)
+        layouts[turn % layouts.len()]
+            .scatter(&Tensor::new(vec![filler; shape.iter().product()], &shape), filler)
     };
     let mut out = lay(2, attention.out_shape());
     let mut dq = lay(1, attention.query_shape());
     let mut dk = lay(0, attention.key_shape());
     let mut dv = lay(3, attention.value_shape());
     let state = engine.forward_into(&problem, out.view_mut()).unwrap();
-    engine.backward_into(&problem, &state, grad_out.view(), dq.view_mut(), dk.view_mut(), dv.view_mut()).unwrap();
+    engine
+        .backward_into(&problem, &state, grad_out.view(), dq.view_mut(), dk.view_mut(), dv.view_mut())
+        .unwrap();
     for (name, scattered) in [("out", &out), ("dq", &dq), ("dk", &dk), ("dv", &dv)] {
         let (inside, between) = scattered.gather();
         let touched = between.iter().any(|x| x.to_real::<f64>() != -77.0);
@@ -174,7 +185,12 @@ fn scattered_outputs<T: Element, O: Element>(
             // Below 2^-14 f16 has fixed steps.
             let smallest = if O::NAME == "f16" { 2f64.powi(-25) } else { 1e-38 };
             let allowed = if exact { 0.0 } else { want.abs() * unit * 2.01 + smallest };
-            assert!((got - want).abs() <= allowed, "{name} as {}: {got:e} for {want:e} ({engine:?} in {})", O::NAME, T::NAME);
+            assert!(
+                (got - want).abs() <= allowed,
+                "{name} as {}: {got:e} for {want:e} ({engine:?} in {})",
+                O::NAME,
+                T::NAME
+            );
         }
     }
 }
@@ -228,8 +244,15 @@ proptest! {
 
 #[test]
 fn named_layouts_are_what_they_say() {
-    let attention =
-        Attention::builder().batch(2).heads(3).kv_heads(1).queries(29).head_dim(6).value_dim(5).build().unwrap();
+    let attention = Attention::builder()
+        .batch(2)
+        .heads(3)
+        .kv_heads(1)
+        .queries(29)
+        .head_dim(6)
+        .value_dim(5)
+        .build()
+        .unwrap();
     let data = Data::random(&attention, 9, Grid::F32);
     let want = run::<f32>(AnyEngine::cpu(), &attention, &data);
     // [B, N, H, D] for the queries; [B, N, D] for the one head of keys and values is the same memory as [B, H, N, D].

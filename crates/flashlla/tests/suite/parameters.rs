@@ -4,10 +4,6 @@ use crate::common::*;
 use flashlla::{Attention, Engine, Mask, Ridge, Tensor};
 use proptest::prelude::*;
 
-fn engine_types(grid: Grid) -> impl Iterator<Item = (AnyEngine, Dtype)> {
-    AnyEngine::exact().into_iter().flat_map(move |engine| grid.dtypes().iter().map(move |&dtype| (engine, dtype)))
-}
-
 /// Sums `[B, H, N]` over the axes where `shape` is 1.
 fn reduced(values: &[f64], full: [usize; 3], shape: [usize; 3]) -> Vec<f64> {
     let mut sums = vec![0.0; shape.iter().product()];
@@ -46,7 +42,7 @@ proptest! {
             let own_shape = ridge.shape().to_vec();
             let attention = case.builder().ridge(ridge).build().unwrap();
             let full = case.builder().ridge(Ridge::per_query(spread, [b, h, n])).build().unwrap();
-            for (engine, dtype) in engine_types(case.grid) {
+            for (engine, dtype) in AnyEngine::with_types(case.grid) {
                 let got = run_as(dtype, engine, &attention, &data);
                 let mut want = run_as(dtype, engine, &full, &data);
                 prop_assert_eq!(got.dridge.shape(), &own_shape[..]);
@@ -73,7 +69,7 @@ proptest! {
             };
             let spread = (0..b * hq * m).map(|i| bias.data()[place(i)]).collect();
             let repeated = Data { bias: Some(Tensor::new(spread, &[b, hq, m, 1])), ..data.clone() };
-            for (engine, dtype) in engine_types(case.grid) {
+            for (engine, dtype) in AnyEngine::with_types(case.grid) {
                 let got = run_as(dtype, engine, &attention, &data);
                 let mut want = run_as(dtype, engine, &attention, &repeated);
                 let mut dbias = vec![0.0; bias.data().len()];
@@ -95,7 +91,7 @@ proptest! {
         data.bias.as_mut().unwrap().data_mut().iter_mut().for_each(|x| *x = (*x * 16.0).round() / 16.0);
         let mut moved = data.clone();
         moved.bias.as_mut().unwrap().data_mut().iter_mut().for_each(|x| *x += constant);
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let want = run_as(dtype, engine, &attention, &data);
             let mut got = run_as(dtype, engine, &attention, &moved);
             got.lse.data_mut().iter_mut().for_each(|x| *x -= constant);
@@ -133,7 +129,7 @@ proptest! {
                 }
             }
         }
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let want = run_as(dtype, engine, &fewer, &without);
             let mut got = run_as(dtype, engine, &attention, &data);
             let dbias = got.dbias.take().unwrap();
@@ -156,7 +152,7 @@ proptest! {
     fn a_given_probe_replaces_the_solve(mut case in case(1_000_000)) {
         (case.probe, case.grid) = (false, Grid::F32);
         let (attention, data) = (case.attention(), case.data());
-        for (engine, dtype) in engine_types(case.grid) {
+        for (engine, dtype) in AnyEngine::with_types(case.grid) {
             let solved = run_as(dtype, engine, &attention, &data);
             let given = Data { probe: Some(solved.probe.clone()), ..data.clone() };
             let other_ridge = case.builder().ridge(case.ridge * 7.0).build().unwrap();
@@ -183,10 +179,11 @@ proptest! {
 /// A probe of zeros is softmax attention, a bias of minus infinity on every key leaves nothing to see.
 #[test]
 fn every_key_hidden_is_no_key_seen() {
-    let attention = Attention::builder().heads(2).kv_heads(1).queries(70).head_dim(5).value_dim(4).build().unwrap();
+    let attention =
+        Attention::builder().heads(2).kv_heads(1).queries(70).head_dim(5).value_dim(4).build().unwrap();
     let mut data = Data::random(&attention, 1, Grid::Half);
     data.bias = Some(Tensor::new(vec![f64::NEG_INFINITY; 70], &[1, 1, 70, 1]));
-    for (engine, dtype) in engine_types(Grid::Half) {
+    for (engine, dtype) in AnyEngine::with_types(Grid::Half) {
         let got = run_as(dtype, engine, &attention, &data);
         for (name, tensor) in got.named() {
             let expected = if name == "lse" { f64::NEG_INFINITY } else { 0.0 };
@@ -213,9 +210,16 @@ fn hidden_prefixes_leave_early_queries_blind() {
     let bias = (0..2 * m).map(|i| if i < blind { f64::NEG_INFINITY } else { 0.25 }).collect();
     data.bias = Some(Tensor::new(bias, &[1, 2, m, 1]));
     let want = run::<f64>(AnyEngine::reference(), &attention, &data);
-    for (engine, dtype) in engine_types(Grid::Half) {
+    for (engine, dtype) in AnyEngine::with_types(Grid::Half) {
         let got = run_as(dtype, engine, &attention, &data);
-        assert_results(&format!("{engine:?} {dtype:?}"), &attention, &data, &got, &want, Tolerance::of(dtype, &attention));
+        assert_results(
+            &format!("{engine:?} {dtype:?}"),
+            &attention,
+            &data,
+            &got,
+            &want,
+            Tolerance::of(dtype, &attention),
+        );
         for i in 0..m {
             assert_eq!(got.lse.data()[i] == f64::NEG_INFINITY, i < blind, "query {i}");
             assert_eq!(got.out.data()[i * 4..][..4].iter().all(|&x| x == 0.0), i < blind, "query {i}");

@@ -11,7 +11,11 @@ fn with_threads(threads: usize, dtype: Dtype, case: &Case, solver: Solver) -> Re
 }
 
 fn bits(results: &Results) -> Vec<(&'static str, Vec<u64>)> {
-    results.named().into_iter().map(|(name, t)| (name, t.data().iter().map(|x| x.to_bits()).collect())).collect()
+    results
+        .named()
+        .into_iter()
+        .map(|(name, t)| (name, t.data().iter().map(|x| x.to_bits()).collect()))
+        .collect()
 }
 
 proptest! {
@@ -62,7 +66,10 @@ fn shared_keys_are_summed_in_a_fixed_order() {
     let one = bits(&with_threads(1, Dtype::F32, &case, Solver::default()));
     for threads in [2, 3, 5] {
         for _ in 0..3 {
-            assert!(one == bits(&with_threads(threads, Dtype::F32, &case, Solver::default())), "{threads} threads");
+            assert!(
+                one == bits(&with_threads(threads, Dtype::F32, &case, Solver::default())),
+                "{threads} threads"
+            );
         }
     }
 }

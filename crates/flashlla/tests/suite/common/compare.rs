@@ -66,7 +66,10 @@ pub fn relative_error(got: &[f64], want: &[f64], floor: f64) -> f64 {
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     let error = relative_error(got, want, 0.0);
-    assert!(error <= tolerance, "{what}: relative error {error:.3e} > {tolerance:.1e}\ngot  {got:?}\nwant {want:?}");
+    assert!(
+        error <= tolerance,
+        "{what}: relative error {error:.3e} > {tolerance:.1e}\ngot  {got:?}\nwant {want:?}"
+    );
 }
 
 /// The size below which a result counts as zero up to rounding: a hundredth of what it would be if nothing in its sum
@@ -133,7 +136,13 @@ pub fn disagreements(
 fn worst(got: &Tensor<f64>, want: &Tensor<f64>) -> String {
     let difference = |i: usize| {
         let (g, w) = (got.data()[i], want.data()[i]);
-        if g == w { 0.0 } else if (g - w).is_nan() { f64::INFINITY } else { (g - w).abs() }
+        if g == w {
+            0.0
+        } else if (g - w).is_nan() {
+            f64::INFINITY
+        } else {
+            (g - w).abs()
+        }
     };
     let Some(worst) = (0..got.data().len()).max_by(|&i, &j| difference(i).total_cmp(&difference(j))) else {
         return "none".into();

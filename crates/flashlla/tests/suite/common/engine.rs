@@ -1,6 +1,6 @@
 //! The engines and storage types under test, and one call that gives everything an engine computes.
 
-use super::Data;
+use super::{Data, Grid};
 use flashlla::reference::Form;
 use flashlla::{
     Attention, Cpu, Diagnostics, Element, Engine, OtherGradients, Problem, Reference, Result, State, Tensor,
@@ -39,13 +39,20 @@ impl AnyEngine {
         vec![Self::reference(), Self::uncentred(), Self::cpu()]
     }
 
-    pub fn is_uncentred(&self) -> bool {
-        matches!(self, Self::Reference(Reference { form: Form::Uncentred { .. } }))
+    /// Every exact engine with the storage types that hold the grid's numbers. The reference does the same for all types
+    /// but reading them: it goes through the widest and the narrowest only.
+    pub fn with_types(grid: Grid) -> Vec<(Self, Dtype)> {
+        let types = grid.dtypes();
+        let mut pairs = vec![(Self::reference(), types[0])];
+        if types.len() > 1 {
+            pairs.push((Self::reference(), types[types.len() - 1]));
+        }
+        pairs.extend(types.iter().map(|&dtype| (Self::cpu(), dtype)));
+        pairs
     }
 
-    /// Whether this engine works in the arithmetic of the inputs, rather than in `f64` always.
-    pub fn is_reference(&self) -> bool {
-        matches!(self, Self::Reference(_))
+    pub fn is_uncentred(&self) -> bool {
+        matches!(self, Self::Reference(Reference { form: Form::Uncentred { .. } }))
     }
 }
 

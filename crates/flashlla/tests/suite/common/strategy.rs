@@ -7,8 +7,8 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 /// Sizes around the edges of tiles of 6, 16, 48, 64, 96, 128, 192 and 256.
 pub const TILE_EDGES: [usize; 38] = [
-    1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 47, 48, 49, 50, 63, 64, 65, 95, 96, 97, 127, 128, 129,
-    130, 191, 192, 193, 255, 256, 257, 300, 513,
+    1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 47, 48, 49, 50, 63, 64, 65, 95, 96, 97, 127, 128,
+    129, 130, 191, 192, 193, 255, 256, 257, 300, 513,
 ];
 
 /// How a ridge is given.
@@ -175,7 +175,9 @@ pub fn mask() -> impl Strategy<Value = (usize, usize, Mask)> {
 }
 
 fn ridge_kind() -> impl Strategy<Value = RidgeKind> {
-    prop::sample::select(&[RidgeKind::Scalar, RidgeKind::PerHead, RidgeKind::PerQuery, RidgeKind::Broadcast][..])
+    prop::sample::select(
+        &[RidgeKind::Scalar, RidgeKind::PerHead, RidgeKind::PerQuery, RidgeKind::Broadcast][..],
+    )
 }
 
 fn bias() -> impl Strategy<Value = Option<Bias>> {
@@ -184,7 +186,8 @@ fn bias() -> impl Strategy<Value = Option<Bias>> {
 
 /// A random problem for which the dense engine needs at most about `budget` multiplications in its matrices.
 pub fn case(budget: usize) -> impl Strategy<Value = Case> {
-    let sizes = (1usize..=2, 1usize..=2, 1usize..=3, tokens(), prop::option::weighted(0.4, tokens()), dim(), dim());
+    let sizes =
+        (1usize..=2, 1usize..=2, 1usize..=3, tokens(), prop::option::weighted(0.4, tokens()), dim(), dim());
     let numbers = (-1.5f64..0.7, -1.3f64..2.0, any::<u64>(), prop::sample::select(&Grid::ALL[..]));
     let parts = (raw_mask(), ridge_kind(), bias(), prop::bool::weighted(0.2));
     (sizes, numbers, parts).prop_map(move |(sizes, numbers, parts)| {
