@@ -13,6 +13,8 @@ pub struct Diagnostics {
     pub residual: Vec<f32>,
     /// Queries solved directly (Cholesky).
     pub direct: usize,
+    /// Floating-point operations (a multiply-add is 2) that the engine spent on matrix products; 0 where it does not count.
+    pub flop: u64,
 }
 
 impl Diagnostics {

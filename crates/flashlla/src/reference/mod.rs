@@ -137,6 +137,10 @@ fn rounded<A: Real>(values: &[f64], shape: &[usize]) -> Tensor<A> {
     Tensor::new(values.iter().map(|&x| A::of_f64(x)).collect(), shape)
 }
 
+fn solved_directly(queries: usize) -> Diagnostics {
+    Diagnostics { iterations: vec![0; queries], residual: vec![0.0; queries], direct: queries, flop: 0 }
+}
+
 impl Engine for Reference {
     fn forward_into<T: Element, O: Element>(
         &self,
@@ -174,11 +178,7 @@ impl Engine for Reference {
             lse: rounded(&lse, &[a.batch(), a.heads(), a.queries()]),
             key_mean: rounded(&key_mean, &a.query_shape()),
             probe: rounded(&probe, &a.query_shape()),
-            diagnostics: Diagnostics {
-                iterations: vec![0; queries],
-                residual: vec![0.0; queries],
-                direct: queries,
-            },
+            diagnostics: solved_directly(queries),
         })
     }
 
@@ -246,11 +246,7 @@ impl Engine for Reference {
             dscale: Real::of_f64(dscale),
             dbias: dbias.map(|(dbias, shape)| rounded(&dbias, &shape)),
             dprobe: problem.probe().map(|_| rounded(&dprobe, &a.query_shape())),
-            diagnostics: Diagnostics {
-                iterations: vec![0; queries],
-                residual: vec![0.0; queries],
-                direct: queries,
-            },
+            diagnostics: solved_directly(queries),
         })
     }
 }

@@ -1,0 +1,269 @@
+//! Solving `(C + λI) x = b` for every row of a block at once.
+//!
+//! `C d = Σ p_j ((k_j − k̄)·d) k_j − k̄ Σ p_j ((k_j − k̄)·d)`: two tile products per step. The last sum is 0 up to rounding;
+//! keeping it is free accuracy.
+
+use super::block::{Arith, Weights, at_least};
+use super::product::{Finish, Left, Right};
+use super::simd::SimdReal;
+use super::{TILE, direct};
+use crate::{Real, Solver};
+use pulp::Simd;
+
+/// The systems of a block: one per row.
+pub struct Systems<'a, C> {
+    /// `k̄` less the reference key, rows of the keys' packed width.
+    pub key_mean: &'a [C],
+    pub ridge: &'a [C],
+    pub solver: Solver,
+}
+
+/// How each row's solve went.
+pub struct Solved {
+    pub iterations: Vec<u32>,
+    pub residual: Vec<f32>,
+    pub direct: usize,
+}
+
+/// `w = p (t − c)`, 0 where `p` is, and its sum: from the products `t_j = d·k_j` to the weights of `C d`.
+#[derive(Clone, Copy)]
+struct CovarianceWeights<'a, T> {
+    /// The tile's softmax weights.
+    p: &'a [T],
+    /// Which row of `p` each row of the product belongs to.
+    rows: &'a [usize],
+    /// `c = k̄·d`
+    shift: &'a [T],
+    /// `Σ w`, added to. One thread writes it.
+    sum: *mut T,
+}
+
+impl<T: SimdReal + std::ops::AddAssign> Finish<T> for CovarianceWeights<'_, T> {
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const N: usize>(
+        self,
+        simd: S,
+        row: usize,
+        col: usize,
+        mut t: [T::V<S>; N],
+    ) -> [T::V<S>; N] {
+        debug_assert!(row < self.rows.len() && row < self.shift.len());
+        // SAFETY: `apply` made `rows`, `shift` and `sum` as long as the product has rows, and every entry of `rows` a row of
+        // `p`, whose rows are TILE long.
+        unsafe {
+            let shift = T::splat(simd, *self.shift.get_unchecked(row));
+            let p = self.p.as_ptr().add(*self.rows.get_unchecked(row) * TILE + col);
+            let mut sum = None;
+            for (i, t) in t.iter_mut().enumerate() {
+                let p = T::load::<S>(p.add(i * T::lanes::<S>()));
+                *t = T::where_positive(simd, p, T::v_mul(simd, p, T::v_sub(simd, *t, shift)));
+                sum = Some(sum.map_or(*t, |sum| T::v_add(simd, sum, *t)));
+            }
+            if let Some(sum) = sum {
+                *self.sum.add(row) += T::reduce_sum(simd, sum);
+            }
+        }
+        t
+    }
+}
+
+/// `out_i = A_row d_i` for the vectors `d_i` of the rows named.
+pub fn apply<C: Real>(
+    arith: &Arith,
+    weights: &mut Weights<C>,
+    systems: &Systems<C>,
+    rows: &[usize],
+    d: &[C],
+    out: &mut [C],
+    tile: &mut Vec<C>,
+) {
+    let (n, width) = (rows.len(), weights.scores.head.k.width);
+    assert!(rows.iter().all(|&row| row < weights.rows()));
+    let shift: Vec<C> = rows
+        .iter()
+        .zip(d.chunks_exact(width))
+        .map(|(&row, d)| arith.dot(d, row_of(systems.key_mean, row, width)))
+        .collect();
+    let mut sum = vec![C::ZERO; n];
+    let products = at_least(tile, n * TILE);
+    out[..n * width].fill(C::ZERO);
+    let head = weights.scores.head;
+    for t in weights.tiles.clone() {
+        let p = weights.tile(arith, t);
+        let left = Left { data: d, row: width, col: 1 };
+        let right = Right { data: head.k.tile_transposed(t), row: TILE };
+        let finish = CovarianceWeights { p, rows, shift: &shift, sum: sum.as_mut_ptr() };
+        arith.product([n, TILE, head.k.dim], left, right, products, finish);
+        let left = Left { data: products, row: TILE, col: 1 };
+        arith.add_product(
+            [n, width, TILE],
+            left,
+            Right { data: head.k.tile(t), row: width },
+            &mut out[..n * width],
+        );
+    }
+    for (i, &row) in rows.iter().enumerate() {
+        let out = &mut out[i * width..][..width];
+        let inv = weights.inv_sum[row];
+        arith.combine(out, inv, -(sum[i] * inv), row_of(systems.key_mean, row, width));
+        arith.combine(out, C::ONE, systems.ridge[row], &d[i * width..][..width]);
+    }
+}
+
+fn row_of<C>(rows: &[C], row: usize, width: usize) -> &[C] {
+    &rows[row * width..][..width]
+}
+
+/// Solves for `x`; `residual` holds the right-hand sides and becomes what is left of them.
+pub fn solve<C: Real>(
+    arith: &Arith,
+    weights: &mut Weights<C>,
+    systems: &Systems<C>,
+    residual: &mut [C],
+    x: &mut [C],
+    tile: &mut Vec<C>,
+) -> Solved {
+    let (rows, width) = (weights.rows(), weights.scores.head.k.width);
+    x.fill(C::ZERO);
+    let mut solved = Solved { iterations: vec![0; rows], residual: vec![0.0; rows], direct: 0 };
+    let norms: Vec<C> = residual.chunks_exact(width).map(|r| arith.dot(r, r)).collect();
+    // A row that sees nothing has nothing to solve; one with a NaN has nothing to find.
+    let todo: Vec<usize> = (0..rows)
+        .filter(|&row| weights.inv_sum[row] > C::ZERO && norms[row] > C::ZERO && norms[row].is_finite())
+        .collect();
+    for row in 0..rows {
+        if !norms[row].is_finite() || !weights.inv_sum[row].is_finite() {
+            solved.residual[row] = f32::NAN;
+            x[row * width..][..width].fill(C::NAN);
+        }
+    }
+    let mut run = Cg { norms: &norms, residual, x, solved: &mut solved };
+    let left = match systems.solver {
+        Solver::Cg { tolerance, max_iters } => {
+            run.conjugate_gradients(arith, weights, systems, todo, tolerance, max_iters, false, tile);
+            vec![]
+        }
+        Solver::Auto { tolerance, max_iters } => {
+            let tolerance = tolerance.unwrap_or(Solver::default_tolerance(size_of::<C>() == 8));
+            let limit = max_iters.unwrap_or(usize::MAX);
+            run.conjugate_gradients(arith, weights, systems, todo, tolerance, limit, true, tile)
+        }
+        Solver::Direct => todo,
+    };
+    if !left.is_empty() {
+        let failed = direct::solve(arith, weights, systems, &left, &mut run, tile);
+        // Not positive definite in this arithmetic. Conjugate gradients never need that of the whole matrix.
+        run.solved.direct += left.len() - failed.len();
+        let (tolerance, limit) =
+            (Solver::default_tolerance(size_of::<C>() == 8), 4 * weights.scores.head.k.dim);
+        run.conjugate_gradients(arith, weights, systems, failed, tolerance, limit, false, tile);
+    }
+    solved
+}
+
+/// A relative residual from two squared norms. The recurrence can fall below what `x` itself resolves; the report does not.
+pub fn relative<C: Real>(residual: C, rhs: C) -> f32 {
+    let ratio = (residual / rhs).root();
+    if ratio < C::EPSILON { C::EPSILON.as_f32() } else { ratio.as_f32() }
+}
+
+/// The state of a block's solve.
+pub struct Cg<'a, C> {
+    /// `|b|²` of each row.
+    pub norms: &'a [C],
+    /// `b − A x` of each row.
+    pub residual: &'a mut [C],
+    pub x: &'a mut [C],
+    pub solved: &'a mut Solved,
+}
+
+impl<C: Real> Cg<'_, C> {
+    /// Steps until every row has converged, or until the rows left are to be solved directly; returns those.
+    #[expect(clippy::too_many_arguments)]
+    fn conjugate_gradients(
+        &mut self,
+        arith: &Arith,
+        weights: &mut Weights<C>,
+        systems: &Systems<C>,
+        mut rows: Vec<usize>,
+        tolerance: f64,
+        max_iters: usize,
+        may_change: bool,
+        tile: &mut Vec<C>,
+    ) -> Vec<usize> {
+        let (width, dim) = (weights.scores.head.k.width, weights.scores.head.k.dim);
+        let tolerance = C::of_f64(tolerance.max(4.0 * C::EPSILON.as_f64()));
+        let done = tolerance * tolerance;
+        // Search directions and their images, of the rows that are not done, close together.
+        let mut d: Vec<C> =
+            rows.iter().flat_map(|&row| &self.residual[row * width..][..width]).copied().collect();
+        let mut image = vec![C::ZERO; d.len()];
+        let mut norm: Vec<C> = rows.iter().map(|&row| self.norms[row]).collect();
+        let mut step = 0;
+        while !rows.is_empty() && step < max_iters {
+            if may_change && step >= 3 && self.is_direct_cheaper(weights, &rows, &norm, step, done, dim) {
+                break;
+            }
+            step += 1;
+            apply(arith, weights, systems, &rows, &d[..rows.len() * width], &mut image, tile);
+            let mut kept = 0;
+            for i in 0..rows.len() {
+                let row = rows[i];
+                let at = i * width..(i + 1) * width;
+                let curvature = arith.dot(&d[at.clone()], &image[at.clone()]);
+                let residual = &mut self.residual[row * width..][..width];
+                self.solved.iterations[row] = step as u32;
+                let mut going = curvature > C::ZERO;
+                if going {
+                    let length = norm[i] / curvature;
+                    arith.combine(&mut self.x[row * width..][..width], C::ONE, length, &d[at.clone()]);
+                    arith.combine(residual, C::ONE, -length, &image[at.clone()]);
+                    let new = arith.dot(residual, residual);
+                    let ratio = new / norm[i];
+                    norm[i] = new;
+                    // False for NaN as well: what is not finite has nothing more to gain.
+                    going = new > done * self.norms[row] && new.is_finite();
+                    if going {
+                        arith.combine(&mut d[at.clone()], ratio, C::ONE, residual);
+                    }
+                }
+                self.solved.residual[row] = relative(norm[i], self.norms[row]);
+                if going {
+                    d.copy_within(at, kept * width);
+                    (rows[kept], norm[kept]) = (row, norm[i]);
+                    kept += 1;
+                }
+            }
+            rows.truncate(kept);
+        }
+        if may_change { rows } else { vec![] }
+    }
+
+    /// Whether going on, at the rate of convergence so far, takes longer than forming and factoring the matrices.
+    fn is_direct_cheaper(
+        &self,
+        weights: &Weights<C>,
+        rows: &[usize],
+        norm: &[C],
+        step: usize,
+        done: C,
+        dim: usize,
+    ) -> bool {
+        let keys = (weights.tiles.len() * TILE) as f64;
+        let per_step = 4.0 * keys * dim as f64;
+        let direct = direct::flop(keys, dim);
+        let worst = rows.iter().zip(norm).map(|(&row, &norm)| {
+            // Squared norms on both sides: rate^step = norm / norms, steps left = log(done norms / norm) / log(rate).
+            let fallen = (norm / self.norms[row]).as_f64().ln() / step as f64;
+            let missing = done.as_f64().ln() - (norm / self.norms[row]).as_f64().ln();
+            if fallen < -1e-3 { missing / fallen } else { f64::INFINITY }
+        });
+        // The slower half of the rows decides nothing alone: compare what all of them need together.
+        let (mut cg, mut n) = (0.0, 0.0);
+        for steps in worst {
+            cg += steps.min(1e6) * per_step;
+            n += 1.0;
+        }
+        cg > n * direct
+    }
+}
