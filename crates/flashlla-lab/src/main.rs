@@ -1,15 +1,21 @@
 //! The program `flashlla`; see `flashlla --help`.
 
-use clap::Parser;
-use flashlla_lab::cli::Cli;
+use flashlla_lab::cli::{Cli, Stop};
+use flashlla_lab::stdout;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match Cli::parse().run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
+    let result = match Cli::read(std::env::args_os()) {
+        Ok(cli) => cli.run(),
+        Err(Stop::Text(text)) => stdout::write(text),
+        Err(Stop::Help(text)) => {
+            eprint!("{text}");
+            return ExitCode::from(2);
         }
+        Err(Stop::Mistake(error)) => Err(error),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(error.report()),
     }
 }

@@ -12,8 +12,9 @@ mod rates;
 mod recorded;
 mod test_time_regression;
 
+use crate::options::thread_pool;
 use crate::report::{Folder, Report};
-use crate::{Error, Result};
+use crate::{Result, stdout};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -70,11 +71,7 @@ impl Experiment {
         let out = common.out.clone().unwrap_or_else(|| PathBuf::from("results").join(name));
         let json = common.json;
         let folder = Folder::prepare(&out)?;
-        let mut pool = rayon::ThreadPoolBuilder::new();
-        if let Some(threads) = common.threads {
-            pool = pool.num_threads(threads.into());
-        }
-        let pool = pool.build().map_err(|error| Error::failed(format!("--threads: {error}")))?;
+        let pool = thread_pool(common.threads)?;
         let start = Instant::now();
         let report = pool.install(|| self.report())?;
         let seconds = start.elapsed().as_secs_f64();
@@ -83,11 +80,10 @@ impl Experiment {
             let mut document = report.document();
             document["out"] = out.display().to_string().into();
             document["seconds"] = seconds.into();
-            println!("{document}");
+            stdout::json(&document)
         } else {
-            println!("{}\nResults in {} ({seconds:.0} s)", report.to_terminal(), out.display());
+            stdout::line(format_args!("{}\nResults in {} ({seconds:.0} s)", report.to_terminal(), out.display()))
         }
-        Ok(())
     }
 
     /// Computes everything and writes nothing.

@@ -1,10 +1,9 @@
 //! Keys and values recorded from a model: read from safetensors files, or from the cut that comes with the program.
 
 use super::estimators::Pairs;
-use crate::{Error, Result};
-use half::{bf16, f16};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use crate::Result;
+use crate::files::TensorFile;
+use std::io::{Cursor, Read, Seek};
 use std::path::Path;
 
 /// Two layers of all-MiniLM-L6-v2, four heads each, 256 tokens; its metadata says more.
@@ -23,47 +22,32 @@ pub struct Head {
 
 /// The heads that come with the program.
 pub fn shipped(max_tokens: usize) -> Result<Vec<Head>> {
-    heads(SHIPPED, "the data that comes with the program", "MiniLM", max_tokens)
+    heads(TensorFile::new(Cursor::new(SHIPPED), "the data that comes with the program")?, "MiniLM", max_tokens)
 }
 
 /// All heads of a file with `k [B, H, N, D]` and `v [B, H, N, DV]`.
 pub fn read(path: &Path, max_tokens: usize) -> Result<Vec<Head>> {
-    let name = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(|error| failed(&name, format!("cannot be read: {error}")))?;
-    let stem = path.file_stem().map_or(name.clone(), |stem| stem.to_string_lossy().into_owned());
-    heads(&bytes, &name, &stem, max_tokens)
+    let stem = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
+    heads(TensorFile::open(path)?, &stem, max_tokens)
 }
 
-fn failed(file: &str, what: String) -> Error {
-    Error::failed(format!("--input: {file}: {what}"))
-}
-
-fn heads(bytes: &[u8], file: &str, stem: &str, max_tokens: usize) -> Result<Vec<Head>> {
-    let failed = |what: String| failed(file, what);
-    let broken = |error| failed(format!("is not a readable safetensors file ({error})"));
-    let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(broken)?;
-    let tensor = |name: &str, meaning: &str| {
-        let names = || tensors.names().join(", ");
-        let tensor =
-            tensors.tensor(name).map_err(|_| failed(format!("has no tensor {name}, only: {}", names())))?;
-        let shape: [usize; 4] = tensor
-            .shape()
-            .try_into()
-            .map_err(|_| failed(format!("{name}: shape {:?}; it must be {meaning}", tensor.shape())))?;
-        let numbers = numbers(&tensor).ok_or_else(|| {
-            failed(format!("{name}: dtype {:?}; it must be F64, F32, F16 or BF16", tensor.dtype()))
+fn heads<R: Read + Seek>(mut file: TensorFile<R>, stem: &str, max_tokens: usize) -> Result<Vec<Head>> {
+    let [k, v] = ["k", "v"].map(|name| {
+        let tensor = file.read::<f64>(name)?;
+        let shape: [usize; 4] = tensor.shape().try_into().map_err(|_| {
+            let given = tensor.shape();
+            file.error(format_args!("{name}: shape {given:?}; it must be [batch, heads, tokens, dimension]"))
         })?;
-        if let Some(i) = numbers.iter().position(|x| !x.is_finite()) {
-            return Err(failed(format!(
+        match tensor.data().iter().position(|x| !x.is_finite()) {
+            Some(i) => Err(file.error(format_args!(
                 "{name}: element {i} is {}; every element must be finite",
-                numbers[i]
-            )));
+                tensor.data()[i]
+            ))),
+            None => Ok((shape, tensor.into_vec())),
         }
-        Ok((shape, numbers))
-    };
-    let ([b, h, n, d], k) = tensor("k", "[batch, heads, tokens, head_dim]")?;
-    let (v_shape, v) = tensor("v", "[batch, heads, tokens, value_dim]")?;
+    });
+    let (([b, h, n, d], k), (v_shape, v)) = (k?, v?);
+    let failed = |what: String| file.error(what);
     let value_dim = v_shape[3];
     if v_shape[..3] != [b, h, n] {
         return Err(failed(format!("v: shape {v_shape:?}; it must be [{b}, {h}, {n}, value_dim] like k")));
@@ -75,7 +59,7 @@ fn heads(bytes: &[u8], file: &str, stem: &str, max_tokens: usize) -> Result<Vec<
     if b * h * d * value_dim == 0 {
         return Err(failed(format!("k and v: shapes {:?} and {v_shape:?} hold nothing", [b, h, n, d])));
     }
-    let labels: Vec<&str> = match metadata.metadata().as_ref().and_then(|m| m.get("batch")) {
+    let labels: Vec<&str> = match file.metadata("batch") {
         Some(labels) => labels.split(',').map(str::trim).collect(),
         None => vec![],
     };
@@ -93,29 +77,22 @@ fn heads(bytes: &[u8], file: &str, stem: &str, max_tokens: usize) -> Result<Vec<
     Ok((0..b * h).map(head).collect())
 }
 
-/// As `f64`; `None` for types that are not numbers of the operator's.
-fn numbers(tensor: &TensorView) -> Option<Vec<f64>> {
-    let bytes = tensor.data();
-    Some(match tensor.dtype() {
-        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()).collect(),
-        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f64()).collect(),
-        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f64()).collect(),
-        _ => return None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
     use std::collections::HashMap;
 
     fn file(k: (&[usize], &[f32]), v: (&[usize], &[f32])) -> Vec<u8> {
-        let bytes = |x: &[f32]| -> Vec<u8> { x.iter().flat_map(|x| x.to_le_bytes()).collect() };
-        let (kb, vb) = (bytes(k.1), bytes(v.1));
+        let [kb, vb] = [k.1, v.1].map(|x| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
         let tensors = [("k", (k.0, &kb)), ("v", (v.0, &vb))]
             .map(|(name, (shape, data))| (name, TensorView::new(Dtype::F32, shape.to_vec(), data).unwrap()));
         safetensors::serialize(tensors, None::<HashMap<String, String>>).unwrap()
+    }
+
+    fn parse(bytes: Vec<u8>, max_tokens: usize) -> Result<Vec<Head>> {
+        heads(TensorFile::new(Cursor::new(bytes), "f.safetensors")?, "f", max_tokens)
     }
 
     #[test]
@@ -124,16 +101,16 @@ mod tests {
         let heads = shipped(usize::MAX).unwrap();
         assert_eq!((heads.len(), heads[0].pairs.len(), heads[0].pairs.dim), (8, 256, 32));
         assert_eq!((heads[5].source.as_str(), heads[5].head), ("MiniLM layer 4", 1));
-        let (_, metadata) = SafeTensors::read_metadata(SHIPPED).unwrap();
-        let metadata = metadata.metadata().clone().unwrap();
-        assert!(metadata["license"].contains("Apache-2.0") && metadata["source"].contains("MiniLM"));
+        let file = TensorFile::new(Cursor::new(SHIPPED), "shipped").unwrap();
+        assert!(file.metadata("license").unwrap().contains("Apache-2.0"));
+        assert!(file.metadata("source").unwrap().contains("all-MiniLM-L6-v2"));
     }
 
     #[test]
     fn heads_are_cut_from_the_right_places() {
         let numbers: Vec<f32> = (0..2 * 3 * 20 * 2).map(|i| i as f32).collect();
         let bytes = file((&[2, 3, 20, 2], &numbers), (&[2, 3, 20, 1], &numbers[..120]));
-        let heads = heads(&bytes, "f", "f", 17).unwrap();
+        let heads = parse(bytes, 17).unwrap();
         assert_eq!((heads.len(), heads[4].source.as_str(), heads[4].head), (6, "f [1]", 1));
         assert_eq!(
             (heads[4].pairs.len(), heads[4].pairs.keys[0], heads[4].pairs.values[16]),
@@ -148,16 +125,16 @@ mod tests {
         bad[7] = f32::NAN;
         let shape: &[usize] = &[1, 1, 32, 2];
         for (bytes, expected) in [
-            (b"nonsense".to_vec(), "not a readable safetensors file"),
+            (b"nonsense".to_vec(), "not a safetensors file"),
             (file((&[32, 2], &ones), (shape, &ones)), "k: shape [32, 2]"),
             (file((shape, &ones), (&[1, 2, 16, 2], &ones)), "must be [1, 1, 32, value_dim]"),
             (file((shape, &ones), (shape, &bad)), "v: element 7 is NaN"),
             (file((&[1, 4, 8, 2], &ones), (&[1, 4, 8, 2], &ones)), "8 tokens"),
         ] {
-            let error = heads(&bytes, "f.safetensors", "f", 1000).unwrap_err().to_string();
-            assert!(error.starts_with("--input: f.safetensors: ") && error.contains(expected), "{error}");
+            let error = parse(bytes, 1000).unwrap_err().to_string();
+            assert!(error.starts_with("f.safetensors: ") && error.contains(expected), "{error}");
             assert!(!error.contains('\n'), "{error}");
         }
-        assert!(read(Path::new("/no/such/file"), 10).unwrap_err().to_string().contains("cannot be read"));
+        assert!(read(Path::new("/no/such/file"), 10).unwrap_err().to_string().starts_with("/no/such/file: "));
     }
 }
