@@ -1,0 +1,184 @@
+//! The command line: what `flashlla` can be asked to do.
+
+use crate::attend::{self, AttendArgs};
+use crate::bench::{self, BenchArgs};
+use crate::experiments::Experiment;
+use crate::info::{self, InfoArgs};
+use crate::{Error, Result, stdout};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use std::ffi::OsString;
+
+/// Local Linear Attention: run it on your tensors, measure it, and see what it is for
+#[derive(Debug, Parser)]
+#[command(
+    name = "flashlla",
+    version,
+    arg_required_else_help = true,
+    max_term_width = 100,
+    after_help = "Exit codes: 0 ok, 1 failed, 2 wrong usage."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    #[allow(missing_docs)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compute attention over the tensors of a safetensors file
+    ///
+    /// Reads q [B, HQ, N, D], k [B, H, M, D] and v [B, H, M, DV] and writes out [B, HQ, N, DV], lse [B, HQ, N],
+    /// key_mean and probe [B, HQ, N, D]: float64 for f64, float32 for every other type. HQ must be a multiple of H.
+    ///
+    /// Also reads, if they are there: ridge, the penalty λ, shape [], [HQ] or [B, HQ, N] with 1 where it is constant; bias,
+    /// added to the logits, shape [M], [H, M] or [B, H, M] with 1 where it is constant and H or HQ heads; and, when an
+    /// option asks for it, grad_out [B, HQ, N, DV] and probe [B, HQ, N, D]. Ridge, bias and lse keep this order of axes
+    /// under every --layout (without the head axis under bnd).
+    ///
+    /// The file's metadata may hold scale, causal (0 or 1), window (0: none), q_offset, cu_seqlens (such as 0,5,9),
+    /// leave_one_out (0 or 1), ridge and layout. Options override the metadata, which overrides the defaults. A ridge
+    /// tensor overrides the ridge in the metadata.
+    #[command(after_long_help = ATTEND_EXAMPLES)]
+    Attend(Box<AttendArgs>),
+
+    /// Run an experiment: what Local Linear Attention is for, in tables and figures
+    #[command(subcommand)]
+    Experiment(Experiment),
+
+    /// Measure the speed of forward and backward on this machine
+    ///
+    /// Times are medians over repeats after a warm-up, on normally distributed inputs. The machine's own rate of matrix
+    /// products, in the same arithmetic and on the same threads, is measured in the same run; efficiency is the ratio of
+    /// the two. A table on a terminal; JSON lines with --json or into a pipe.
+    #[command(after_long_help = bench::EXAMPLES)]
+    Bench(BenchArgs),
+
+    /// Show the version, the CPU's features and the threads
+    Info(InfoArgs),
+
+    /// Print a completion script for a shell
+    #[command(
+        after_long_help = "Example:\n  flashlla completions bash > ~/.local/share/bash-completion/completions/flashlla"
+    )]
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+}
+
+const ATTEND_EXAMPLES: &str = "\
+Examples:
+  flashlla attend qkv.safetensors -o out.safetensors
+  flashlla attend qkv.safetensors -o out.safetensors --ridge 1 --no-causal --dtype f32
+  flashlla attend qkv.safetensors -o out.safetensors --backward --dtype f64 --json
+  flashlla attend qkv.safetensors -o out.safetensors --layout bnhd --cu-seqlens 0,128,512";
+
+/// Why the command line did not lead to a command.
+pub enum Stop {
+    /// Help or the version was asked for: text for the standard output.
+    Text(String),
+    /// There is no command: help for the standard error.
+    Help(String),
+    /// A mistake.
+    Mistake(Error),
+}
+
+impl Cli {
+    /// Reads the command line.
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, Stop> {
+        Self::try_parse_from(args).map_err(|error| match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Stop::Text(styled(&error, false)),
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Stop::Help(styled(&error, true)),
+            _ => Stop::Mistake(Error::usage(condensed(&error.render().to_string()))),
+        })
+    }
+
+    /// Does what was asked for.
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Command::Attend(args) => attend::run(&args),
+            Command::Experiment(experiment) => experiment.run(),
+            Command::Bench(args) => bench::run(&args),
+            Command::Info(args) => info::run(&args),
+            Command::Completions { shell } => {
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "flashlla", &mut script);
+                stdout::write(String::from_utf8_lossy(&script))
+            }
+        }
+    }
+}
+
+/// The text of clap's answer, with styles when it goes to a terminal that wants them.
+fn styled(error: &clap::Error, to_stderr: bool) -> String {
+    use std::io::IsTerminal;
+    let terminal = if to_stderr { std::io::stderr().is_terminal() } else { std::io::stdout().is_terminal() };
+    let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let text = error.render();
+    if colour { text.ansi().to_string() } else { text.to_string() }
+}
+
+/// clap's paragraphs in one line, without the usage: what is wrong and the way out.
+fn condensed(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let (mut line, mut rest) = (String::new(), text.lines().map(str::trim).peekable());
+    while let Some(part) = rest.next_if(|part| !part.starts_with("Usage:") && !part.starts_with("For more")) {
+        let part = part.replace("tip: ", "");
+        if line.is_empty() {
+            line = part;
+        } else if !part.is_empty() {
+            line.push_str(if line.ends_with(':') { " " } else { "; " });
+            line.push_str(&part);
+        }
+    }
+    let help = text.split_once("try '").and_then(|(_, end)| end.split_once('\'')).map(|(command, _)| command);
+    // The program's own help lists the commands; a command's usage line names its help.
+    let usage = text.lines().find_map(|line| line.strip_prefix("Usage: "));
+    let command = usage.map(|usage| {
+        usage
+            .split(' ')
+            .take_while(|word| word.starts_with(|c: char| c.is_ascii_lowercase()))
+            .collect::<Vec<_>>()
+            .join(" ")
+    });
+    match (command, help) {
+        (Some(command), _) if !command.is_empty() => format!("{line}; see '{command} --help'"),
+        _ => format!("{line}; see 'flashlla {}'", help.unwrap_or("--help")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_description_of_the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    fn mistake(args: &[&str]) -> String {
+        match Cli::read(["flashlla"].iter().chain(args).map(OsString::from)) {
+            Err(Stop::Mistake(error)) => error.to_string(),
+            _ => panic!("{args:?} is accepted"),
+        }
+    }
+
+    #[test]
+    fn mistakes_are_one_line_with_the_way_out() {
+        for (args, wanted) in [
+            (&["attend"][..], "--output <OUT.safetensors>"),
+            (&["atend"], "attend"),
+            (&["attend", "a", "-o", "b", "--dtype", "f8"], "f64, f32, bf16, f16"),
+            (&["attend", "a", "-o", "b", "--ridge", "-1"], "greater than 0"),
+            (&["attend", "a", "-o", "b", "--windw", "2"], "--window"),
+            (&["bench", "--threads", "0"], "0"),
+        ] {
+            let line = mistake(args);
+            assert!(line.contains(wanted) && line.contains("--help") && !line.contains('\n'), "{line}");
+        }
+    }
+}

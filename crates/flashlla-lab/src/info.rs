@@ -1,0 +1,110 @@
+//! `flashlla info`: what this program and this machine are.
+
+use crate::{Result, stdout};
+use clap::Args;
+
+/// The options of `info`.
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// Print it as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `info` shows.
+#[derive(Debug, serde::Serialize)]
+pub struct Info {
+    version: &'static str,
+    target: String,
+    cpu: Option<String>,
+    /// The SIMD level that the engine's run-time dispatch chooses.
+    simd: &'static str,
+    /// Those of the features the engine could use that this CPU has.
+    features: Vec<&'static str>,
+    logical_cpus: usize,
+    /// The threads a command uses unless told.
+    threads: usize,
+}
+
+impl Info {
+    /// Asks the machine.
+    pub fn new() -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+            cpu: cpu(),
+            simd: simd(),
+            features: features(),
+            logical_cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: rayon::current_num_threads(),
+        }
+    }
+}
+
+impl Default for Info {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Runs the command.
+pub fn run(args: &InfoArgs) -> Result<()> {
+    let info = Info::new();
+    if args.json {
+        return stdout::json(&info);
+    }
+    let features = if info.features.is_empty() { "none of interest".into() } else { info.features.join(" ") };
+    stdout::line(format_args!("flashlla  {} ({})", info.version, info.target))?;
+    if let Some(cpu) = &info.cpu {
+        stdout::line(format_args!("cpu       {cpu}"))?;
+    }
+    stdout::line(format_args!("simd      {}", info.simd))?;
+    stdout::line(format_args!("features  {features}"))?;
+    stdout::line(format_args!("threads   {} of {} logical CPUs", info.threads, info.logical_cpus))?;
+    stdout::line("devices   cpu")
+}
+
+/// The level that `pulp`, which the engine dispatches through, chooses.
+fn simd() -> &'static str {
+    match pulp::Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        pulp::Arch::V4(_) => "AVX-512 (x86-64-v4)",
+        #[cfg(target_arch = "x86_64")]
+        pulp::Arch::V3(_) => "AVX2 and FMA (x86-64-v3)",
+        #[cfg(target_arch = "aarch64")]
+        pulp::Arch::Neon(_) => "NEON",
+        _ => "none",
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn cpu() -> Option<String> {
+    let brand = raw_cpuid::CpuId::new().get_processor_brand_string()?.as_str().trim().to_string();
+    (!brand.is_empty()).then_some(brand)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn cpu() -> Option<String> {
+    None
+}
+
+macro_rules! detected {
+    ($detect:ident: $($feature:tt)*) => {
+        [$(($feature, std::arch::$detect!($feature))),*].into_iter().filter(|f| f.1).map(|f| f.0).collect()
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+fn features() -> Vec<&'static str> {
+    detected!(is_x86_feature_detected: "sse4.2" "avx" "avx2" "fma" "f16c" "avx512f" "avx512dq" "avx512bw" "avx512vl" "avx512bf16" "avx512fp16")
+}
+
+#[cfg(target_arch = "aarch64")]
+fn features() -> Vec<&'static str> {
+    detected!(is_aarch64_feature_detected: "neon" "fp16" "bf16" "sve")
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn features() -> Vec<&'static str> {
+    vec![]
+}

@@ -1,0 +1,17 @@
+//! What the program `flashlla` is made of, as a library so that tests and fuzz targets reach it.
+
+pub mod attend;
+pub mod bench;
+pub mod cli;
+pub mod error;
+pub mod experiments;
+pub mod files;
+pub mod fuzzing;
+pub mod info;
+pub mod inputs;
+pub mod layout;
+pub mod options;
+pub mod stdout;
+pub mod summary;
+
+pub use error::{Error, Result};
