@@ -162,7 +162,7 @@ impl Engine for Reference {
                     out: vec![0.0; dv],
                     lse: f64::NEG_INFINITY,
                     key_mean: vec![0.0; d],
-                    probe: vec![0.0; d],
+                    probe: row.probe.clone().unwrap_or_else(|| vec![0.0; d]),
                 }
             } else {
                 match self.form {
