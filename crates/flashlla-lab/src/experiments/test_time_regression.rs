@@ -12,10 +12,11 @@
 //! position does not see its own pair. Each mixer's parameters (bandwidth; ridge) are those with the smallest mean error on
 //! streams of other seeds, for each S and d.
 //!
-//! What came out: all of that. LLA has the smallest mean error for every S and d, and its error falls within each segment;
-//! MesaNet is level with it or better in the first segment and makes a multiple of its error in all later ones; the ratio of
-//! softmax attention's error to LLA's grows with d at every S, from 1.1 to 1.2 at S = 64 and from 1.7 to 5.3 at S = 512. The
-//! ratios of the linear models grow too, until d comes near S: then no mixer can learn a segment's map before it ends.
+//! What came out: LLA has the smallest mean error for every S and d, and its error falls within each segment. With long
+//! segments (256, 512) MesaNet is best in the first one and makes a multiple of LLA's error in all later ones; with short
+//! ones the ridge that suits the whole stream costs it the first segment too. Softmax attention soon stops improving. The
+//! ratio of its error to LLA's grows with d at every S, from 1.1 to 1.2 at S = 64 and from 1.7 to 5.3 at S = 512; the ratios
+//! of linear attention and MesaNet grow at first and then level off.
 //!
 //! What this does not show: MesaNet has no gates here, and none of the mixers is told when a segment ends. Segments follow
 //! each other in time and do not return, so that a model that forgets has an advantage which keys alone do not give: in a
