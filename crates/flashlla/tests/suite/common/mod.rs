@@ -1,0 +1,11 @@
+//! What the tests share: engines, storage types, random problems, and comparisons.
+
+mod compare;
+mod data;
+mod engine;
+mod strategy;
+
+pub use compare::{Tolerance, assert_close, assert_results, disagreements, relative_error};
+pub use data::{Data, Grid, normal};
+pub use engine::{AnyEngine, Dtype, Results, cast, run, run_as};
+pub use strategy::{Bias, Case, RidgeKind, TILE_EDGES, case, cases, mask};
