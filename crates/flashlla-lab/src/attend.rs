@@ -35,7 +35,7 @@ pub struct AttendArgs {
     pub device: Device,
 
     /// Threads [default: one per logical CPU]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "COUNT", allow_hyphen_values = true, value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
 
     /// Print the summary as one line of JSON

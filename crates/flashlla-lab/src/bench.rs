@@ -36,7 +36,7 @@ pub struct BenchArgs {
     pub dtype: Dtype,
 
     /// The ridge penalty λ
-    #[arg(long, value_name = "X", default_value = "10", allow_negative_numbers = true, value_parser = options::ridge)]
+    #[arg(long, value_name = "X", default_value = "10", allow_hyphen_values = true, value_parser = options::ridge)]
     pub ridge: f64,
 
     /// Every query sees every key [default: causal]
@@ -52,11 +52,11 @@ pub struct BenchArgs {
     pub device: Device,
 
     /// Threads [default: one per logical CPU]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "COUNT", allow_hyphen_values = true, value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
 
     /// Runs whose median is taken, after one that is not counted
-    #[arg(long, value_name = "COUNT", default_value = "7", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "COUNT", default_value = "7", allow_hyphen_values = true, value_parser = clap::value_parser!(u16).range(1..))]
     pub repeats: u16,
 
     /// Seed of the inputs

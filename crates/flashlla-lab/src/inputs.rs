@@ -28,7 +28,7 @@ pub struct InputArgs {
         long,
         value_name = "X",
         value_delimiter = ',',
-        allow_negative_numbers = true,
+        allow_hyphen_values = true,
         value_parser = options::ridge,
         help_heading = "Attention"
     )]

@@ -84,12 +84,12 @@ pub struct SolverArgs {
     pub solver: SolverKind,
 
     /// Relative residual to reach [default: 1e-12 for f64, 1e-6 for the others]
-    #[arg(long, value_name = "X", value_parser = tolerance)]
+    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = tolerance)]
     pub tolerance: Option<f64>,
 
     /// The most conjugate-gradient steps per query [default: for cg, ten times the head dimension; for auto, as many as
     /// are cheaper than a direct solve]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "COUNT", allow_hyphen_values = true, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_iters: Option<u64>,
 
     /// The arithmetic
@@ -134,16 +134,16 @@ pub struct MaskArgs {
     pub no_causal: bool,
 
     /// A query sees only the last COUNT positions up to its own; "none" for all
-    #[arg(long, value_name = "COUNT", value_parser = window)]
+    #[arg(long, value_name = "COUNT", allow_hyphen_values = true, value_parser = window)]
     pub window: Option<Setting<usize>>,
 
     /// The position of query 0 among the keys [default: 0]
-    #[arg(long, value_name = "POSITION", allow_negative_numbers = true)]
+    #[arg(long, value_name = "POSITION", allow_hyphen_values = true)]
     pub q_offset: Option<i64>,
 
     /// Sequences packed one after another: the running sums of their lengths, from 0 to the number of keys, such as 0,5,9;
     /// "none" for a single sequence
-    #[arg(long, value_name = "SUMS", value_parser = cu_seqlens)]
+    #[arg(long, value_name = "SUMS", allow_hyphen_values = true, value_parser = cu_seqlens)]
     pub cu_seqlens: Option<Setting<Vec<usize>>>,
 
     /// A query does not see the key at its own position
@@ -155,7 +155,7 @@ pub struct MaskArgs {
     pub no_leave_one_out: bool,
 
     /// Factor on q·k in the logits [default: head_dim^-0.5]
-    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = scale)]
+    #[arg(long, value_name = "X", allow_hyphen_values = true, value_parser = scale)]
     pub scale: Option<f64>,
 }
 

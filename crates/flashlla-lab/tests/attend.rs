@@ -108,7 +108,8 @@ fn options_override_metadata_which_overrides_defaults() {
     {
         assert_eq!(default.metadata[key], value, "{key}");
     }
-    assert_eq!(default.metadata["scale"].parse::<f64>().unwrap(), 8f64.powf(-0.5));
+    let default_scale = &default.metadata["scale"];
+    assert_eq!(default_scale.parse::<f64>().unwrap(), 8f64.powf(-0.5));
 
     // Each setting from the metadata, from an option, from an option against other metadata, and switched off.
     for (key, value, other, option, off) in [
@@ -117,7 +118,8 @@ fn options_override_metadata_which_overrides_defaults() {
         ("q_offset", "-2", "1", &["--q-offset", "-2"], &["--q-offset", "0"]),
         ("cu_seqlens", "0,5,12", "0,1,12", &["--cu-seqlens", "0,5,12"], &["--cu-seqlens", "none"]),
         ("leave_one_out", "1", "0", &["--leave-one-out"], &["--no-leave-one-out"]),
-        ("scale", "0.7", "0.1", &["--scale", "0.7"], &["--scale", "0.35355339059327373"]),
+        ("scale", "-0.01", "0.1", &["--scale", "-1e-2"], &["--scale", default_scale]),
+        ("scale", "0.7", "0.1", &["--scale", "0.7"], &["--scale", default_scale]),
         ("ridge", "0.5", "3", &["--ridge", "0.5"], &["--ridge", "10"]),
         ("ridge", "0.5,2.0", "3", &["--ridge", "0.5,2"], &["--ridge", "10"]),
     ] {
