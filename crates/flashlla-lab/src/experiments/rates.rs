@@ -29,7 +29,7 @@ use flashlla::Mask;
 use rand::RngExt;
 use rayon::prelude::*;
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 /// As the command line calls it.
 pub const NAME: &str = "rates";
@@ -264,8 +264,8 @@ fn descend(start: i32, error: impl Fn(i32) -> Result<f64>) -> Result<i32> {
     let mut best = start;
     loop {
         for exponent in best - 2..=best + 2 {
-            if !known.contains_key(&exponent) {
-                known.insert(exponent, error(exponent)?);
+            if let Entry::Vacant(place) = known.entry(exponent) {
+                place.insert(error(exponent)?);
             }
         }
         let (exponents, errors): (Vec<i32>, Vec<f64>) = known.iter().map(|(&k, &e)| (k, e)).unzip();
