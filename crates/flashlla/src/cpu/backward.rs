@@ -241,10 +241,11 @@ pub fn rows<C: Real>(
         let left = Left { data: w, row: TILE, col: 1 };
         arith.add_product([n, width, TILE], left, Right { data: head.k.tile(t), row: width }, &mut c);
     }
-    for row in 0..n {
-        let at = row * width..(row + 1) * width;
-        let inv = weights.inv_sum[row];
-        arith.combine(&mut c[at.clone()], inv, -(sum[row] * inv), &key_mean[at]);
+    let means = key_mean.chunks_exact(width);
+    for ((c, mean), (sum, &inv)) in
+        c.chunks_exact_mut(width).zip(means).zip(sum.into_iter().zip(&weights.inv_sum))
+    {
+        arith.combine(c, inv, -(sum * inv), mean);
     }
 
     // A y = c; what is left of c is the residual. A given probe has y = 0.
