@@ -110,15 +110,19 @@ fn on_a_changing_stream_lla_is_best_and_mesanet_degrades() {
 #[test]
 fn the_same_seeds_give_the_same_numbers_on_any_number_of_threads() {
     let place = tempfile::tempdir().unwrap();
-    for (name, more) in [("held-out-recall", "--max-tokens=64"), ("rates", "--dims=2")] {
+    for (name, more) in [
+        ("held-out-recall", &["--max-tokens=64"][..]),
+        ("rates", &["--dims=2"]),
+        ("test-time-regression", &[]),
+    ] {
         let results = ["1", "3"].map(|threads| {
             let out = place.path().join(format!("{name}{threads}"));
-            run(name, &out, &["--seeds", "2", "--threads", threads, more]);
+            run(name, &out, &[&["--seeds", "2", "--threads", threads], more].concat());
             fs::read(out.join("result.json")).unwrap()
         });
         assert!(results[0] == results[1], "{name}");
         let out = place.path().join("other");
-        let other = run(name, &out, &["--seeds", "2", "--seed", "5", more]);
+        let other = run(name, &out, &[&["--seeds", "2", "--seed", "5"], more].concat());
         let first: Value = serde_json::from_slice(&results[0]).unwrap();
         assert_ne!(first["results"], other["results"], "{name}");
     }

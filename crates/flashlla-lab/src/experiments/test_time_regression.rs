@@ -20,8 +20,8 @@
 //!
 //! What this does not show: MesaNet has no gates here, and none of the mixers is told when a segment ends. Segments follow
 //! each other in time and do not return, so that a model that forgets has an advantage which keys alone do not give: in a
-//! trial outside this program (one seed), recursive least squares with the best constant forgetting factor came out below LLA for d = 8 and 16, and above it
-//! for d = 64.
+//! trial outside this program (one seed), recursive least squares with the best constant forgetting factor came out below
+//! LLA for d = 8 and 16, and above it for d = 64.
 
 use super::estimators::{Pairs, row_errors};
 use super::mixers::{Mixer, NAMES, normalise};
