@@ -5,7 +5,7 @@
 //! place. Four products per pair of tiles are computed in both: keeping them would take N × M numbers.
 
 use super::block::{Arith, Bias, Buffers, Scores, Weights, at_least, bad_tokens, exponentiate};
-use super::forward::{ridges, scaled_queries};
+use super::forward::{largest_logit, ridges, scaled_queries};
 use super::pack::Head;
 use super::product::{Finish, Left, Plain, Right};
 use super::rows::{Inputs, ReadRows};
@@ -34,6 +34,7 @@ pub struct BlockBackward<C> {
     pub dprobe: Vec<C>,
     pub dridge: Vec<C>,
     pub dscale: C,
+    pub largest_logit: f64,
     pub solved: Solved,
     pub flop: u64,
 }
@@ -334,6 +335,7 @@ pub fn rows<C: Real>(
         }
     }
     let dprobe = if given { c.iter().map(|&c| -c).collect() } else { vec![] };
+    let largest_logit = largest_logit(&weights.max);
     drop(weights);
     let flop = arith.flop.get();
     BlockBackward {
@@ -351,6 +353,7 @@ pub fn rows<C: Real>(
         dprobe,
         dridge,
         dscale,
+        largest_logit,
         solved,
         flop,
     }

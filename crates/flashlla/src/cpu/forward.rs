@@ -51,6 +51,9 @@ pub struct BlockForward<C> {
     pub widths: [usize; 2],
     pub solved: Solved,
     pub flop: u64,
+    /// The largest norm of a probe times that of a key.
+    pub reach: f64,
+    pub largest_logit: f64,
 }
 
 /// The query rows of a block times the scale, and which of them are bad.
@@ -72,6 +75,11 @@ pub fn ridges<C: Real>(attention: &Attention, place: &Place) -> Vec<C> {
     let least = C::of_f64(f32::MIN_POSITIVE as f64);
     let at = |i| C::of_f64(attention.ridge().at(place.batch, place.head, i));
     place.rows.clone().map(at).map(|ridge| if ridge < least { least } else { ridge }).collect()
+}
+
+/// The largest size of the rows' largest scores.
+pub fn largest_logit<C: Real>(max: &[C]) -> f64 {
+    max.iter().map(|max| max.as_f64().abs()).filter(|max| max.is_finite()).fold(0.0, f64::max)
 }
 
 pub fn forward<C: Real>(
@@ -139,6 +147,10 @@ pub fn forward<C: Real>(
         );
     }
 
+    let longest_probe = x.chunks_exact(width).map(|x| arith.dot(x, x).as_f64()).fold(0.0, f64::max).sqrt();
+    let reach = longest_probe * head.k.longest.as_f64();
+    let largest_logit = largest_logit(&weights.max);
+
     // Back to the caller's coordinates.
     let [bad_k, bad_v] = bad_tokens(head, bias);
     let mut lse = vec![C::NEG_INFINITY; rows];
@@ -173,5 +185,15 @@ pub fn forward<C: Real>(
         lse[row] = weights.max[row] - inv.logarithm() + origin;
         mean.iter_mut().zip(&head.origin).for_each(|(m, &o)| *m += o);
     }
-    BlockForward { out, lse, key_mean, probe: x, widths: [out_width, width], solved, flop: arith.flop.get() }
+    BlockForward {
+        out,
+        lse,
+        key_mean,
+        probe: x,
+        widths: [out_width, width],
+        solved,
+        flop: arith.flop.get(),
+        reach,
+        largest_logit,
+    }
 }

@@ -27,7 +27,7 @@ use crate::{
     Element, Engine, OtherGradients, Precision, Problem, Real, Result, State, Tensor, View, ViewMut,
 };
 use rows::{Inputs, ReadRows, WriteRows};
-use tasks::Place;
+use tasks::{BlockReport, Place, Sinks};
 
 /// Every row of numbers is padded to a multiple of this: whole registers on any instruction set.
 const LANES: usize = 16;
@@ -36,6 +36,11 @@ const TILE: usize = 64;
 /// Query rows of a block: a multiple of the products' 6 rows; small enough that few rows wait for the slowest, large enough
 /// that reading a tile of keys from the second-level cache costs little.
 const BLOCK: usize = 48;
+/// The product of a probe's norm and a key's above which a block in `f32` is computed again in `f64`: rounding then shows in the
+/// sixth digit.
+const HARD: f64 = 512.0;
+/// The logit above which `f32` calls are computed in `f64`: weights lose about as many units in the last place.
+const LARGE_LOGIT: f64 = 128.0;
 /// The most bytes of softmax weights that a block keeps.
 const CACHED_WEIGHTS: usize = 16 << 20;
 
@@ -98,8 +103,13 @@ fn in_f64<T: Element>(problem: &Problem<T>) -> bool {
 // The engine itself is compiled here, once for each type of arithmetic, and not again in every crate that calls it.
 macro_rules! compiled {
     ($t:ident, $forward:ident, $backward:ident) => {
-        fn $forward(arch: pulp::Arch, inputs: &Inputs<$t>, out: &dyn WriteRows<$t>) -> State<$t> {
-            tasks::forward(arch, inputs, out)
+        fn $forward(
+            arch: pulp::Arch,
+            inputs: &Inputs<$t>,
+            places: &[Place],
+            sinks: &Sinks<$t>,
+        ) -> Vec<BlockReport> {
+            tasks::forward(arch, inputs, places, sinks)
         }
         fn $backward(
             arch: pulp::Arch,
@@ -107,7 +117,7 @@ macro_rules! compiled {
             probe: &dyn ReadRows<$t>,
             grad_out: &dyn ReadRows<$t>,
             gradients: [&dyn WriteRows<$t>; 3],
-        ) -> OtherGradients<$t> {
+        ) -> (OtherGradients<$t>, f64) {
             tasks::backward(arch, inputs, probe, grad_out, gradients)
         }
     };
@@ -118,15 +128,6 @@ compiled!(f64, forward_f64, backward_f64);
 fn rounded<A: Real, B: Real>(tensor: Tensor<A>) -> Tensor<B> {
     let shape = tensor.shape().to_vec();
     Tensor::new(tensor.into_vec().into_iter().map(B::from_real).collect(), &shape)
-}
-
-fn rounded_state<A: Real, B: Real>(state: State<A>) -> State<B> {
-    State {
-        lse: rounded(state.lse),
-        key_mean: rounded(state.key_mean),
-        probe: rounded(state.probe),
-        diagnostics: state.diagnostics,
-    }
 }
 
 fn rounded_gradients<A: Real, B: Real>(gradients: OtherGradients<A>) -> OtherGradients<B> {
@@ -170,6 +171,24 @@ impl<'a, T: Element> Views<'a, T> {
     }
 }
 
+fn is_hard(block: &BlockReport) -> bool {
+    block.reach > HARD || block.largest_logit > LARGE_LOGIT
+}
+
+/// Where a forward's results go, whatever the type of arithmetic.
+struct Targets<'a, O, A> {
+    out: ViewMut<'a, O>,
+    lse: ViewMut<'a, A>,
+    key_mean: ViewMut<'a, A>,
+    probe: ViewMut<'a, A>,
+}
+
+impl<O: Element, A: Real> Targets<'_, O, A> {
+    fn sinks<C: Real>(&self) -> Sinks<'_, C> {
+        Sinks { out: &self.out, lse: &self.lse, key_mean: &self.key_mean, probe: &self.probe }
+    }
+}
+
 impl Engine for Cpu {
     fn forward_into<T: Element, O: Element>(
         &self,
@@ -177,12 +196,34 @@ impl Engine for Cpu {
         out: ViewMut<O>,
     ) -> Result<State<T::Acc>> {
         check_out(problem, &out)?;
+        let a = problem.attention();
         let views = Views::new(problem);
-        Ok(if in_f64(problem) {
-            rounded_state(forward_f64(self.arch, &views.inputs(), &out))
+        let places = tasks::places(a);
+        let rows = [a.batch(), a.heads(), a.queries()];
+        let mut lse = Tensor::zeros(&[rows[0], rows[1], rows[2], 1]);
+        let (mut key_mean, mut probe) = (Tensor::zeros(&a.query_shape()), Tensor::zeros(&a.query_shape()));
+        let sinks: Targets<O, T::Acc> =
+            Targets { out, lse: lse.view_mut(), key_mean: key_mean.view_mut(), probe: probe.view_mut() };
+        let mut blocks = if in_f64(problem) {
+            forward_f64(self.arch, &views.inputs(), &places, &sinks.sinks())
         } else {
-            rounded_state(forward_f32(self.arch, &views.inputs(), &out))
-        })
+            forward_f32(self.arch, &views.inputs(), &places, &sinks.sinks())
+        };
+        if !in_f64(problem) {
+            // With few keys and a small λ the probe is about |k̄ − q| / λ, and single precision no longer resolves what it is
+            // multiplied with. Those blocks, mostly a sequence's first, are done again; so are those with very large logits.
+            let (hard, again): (Vec<usize>, Vec<Place>) =
+                (0..).zip(&places).filter(|&(i, _)| is_hard(&blocks[i])).map(|(i, p)| (i, p.clone())).unzip();
+            if !again.is_empty() {
+                let done = forward_f64(self.arch, &views.inputs(), &again, &sinks.sinks());
+                for (i, block) in hard.into_iter().zip(done) {
+                    let flop = blocks[i].flop + block.flop;
+                    blocks[i] = BlockReport { flop, ..block };
+                }
+            }
+        }
+        let diagnostics = tasks::gathered(blocks.into_iter().map(|block| (block.solved, block.flop)));
+        Ok(State { lse: Tensor::new(lse.into_vec(), &rows), key_mean, probe, diagnostics })
     }
 
     fn backward_into<T: Element, G: Element, O: Element>(
@@ -196,11 +237,17 @@ impl Engine for Cpu {
     ) -> Result<OtherGradients<T::Acc>> {
         check_gradients(problem, state, &grad_out, [&dq, &dk, &dv])?;
         let (views, probe) = (Views::new(problem), state.probe.view());
-        Ok(if in_f64(problem) {
-            rounded_gradients(backward_f64(self.arch, &views.inputs(), &probe, &grad_out, [&dq, &dk, &dv]))
-        } else {
-            rounded_gradients(backward_f32(self.arch, &views.inputs(), &probe, &grad_out, [&dq, &dk, &dv]))
-        })
+        let gradients: [&ViewMut<O>; 3] = [&dq, &dk, &dv];
+        let precise = || {
+            let gradients = gradients.map(|view| view as &dyn WriteRows<f64>);
+            rounded_gradients(backward_f64(self.arch, &views.inputs(), &probe, &grad_out, gradients).0)
+        };
+        if in_f64(problem) {
+            return Ok(precise());
+        }
+        let single = gradients.map(|view| view as &dyn WriteRows<f32>);
+        let (other, largest_logit) = backward_f32(self.arch, &views.inputs(), &probe, &grad_out, single);
+        Ok(if largest_logit > LARGE_LOGIT { precise() } else { rounded_gradients(other) })
     }
 }
 

@@ -4,7 +4,7 @@ use super::block::{Bias, Buffers};
 use super::pack::{Bad, Head};
 use super::rows::{Inputs, ReadRows, WriteRows};
 use super::{BLOCK, TILE, backward, forward, solve};
-use crate::{Attention, Diagnostics, OtherGradients, Real, State, Tensor};
+use crate::{Attention, Diagnostics, OtherGradients, Real, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -18,7 +18,7 @@ pub struct Place {
 }
 
 /// Every block, in the order of the outputs.
-fn places(a: &Attention) -> Vec<Place> {
+pub fn places(a: &Attention) -> Vec<Place> {
     let mut places = vec![];
     for batch in 0..a.batch() {
         for head in 0..a.heads() {
@@ -98,16 +98,34 @@ impl<C: Real> Prepared<C> {
     }
 }
 
-/// All blocks of a forward. `out` is written; the rest comes back.
-pub fn forward<C: Real>(arch: pulp::Arch, inputs: &Inputs<C>, out: &dyn WriteRows<C>) -> State<C> {
+/// Where a forward's results go.
+pub struct Sinks<'a, C> {
+    pub out: &'a dyn WriteRows<C>,
+    pub lse: &'a dyn WriteRows<C>,
+    pub key_mean: &'a dyn WriteRows<C>,
+    pub probe: &'a dyn WriteRows<C>,
+}
+
+/// What a block reports beside its results.
+pub struct BlockReport {
+    pub solved: solve::Solved,
+    pub flop: u64,
+    /// The largest product of a probe's norm and a key's: what `(k_j − k̄)·x` loses to rounding is about that times ε.
+    pub reach: f64,
+    pub largest_logit: f64,
+}
+
+/// The blocks named of a forward.
+pub fn forward<C: Real>(
+    arch: pulp::Arch,
+    inputs: &Inputs<C>,
+    places: &[Place],
+    sinks: &Sinks<C>,
+) -> Vec<BlockReport> {
     let a = inputs.attention;
     let prepared = Prepared::new(inputs, false);
-    let rows = [a.batch(), a.heads(), a.queries()];
-    let mut lse = Tensor::<C>::zeros(&[rows[0], rows[1], rows[2], 1]);
-    let (mut key_mean, mut probe) = (Tensor::zeros(&a.query_shape()), Tensor::zeros(&a.query_shape()));
-    let (lse_view, mean_view, probe_view) = (lse.view_mut(), key_mean.view_mut(), probe.view_mut());
     let pool = Pool::new();
-    let solved: Vec<_> = places(a)
+    places
         .par_iter()
         .with_max_len(1)
         .map(|place| {
@@ -118,26 +136,30 @@ pub fn forward<C: Real>(arch: pulp::Arch, inputs: &Inputs<C>, out: &dyn WriteRow
                 let (b, h) = (place.batch, place.head);
                 // SAFETY: every query row belongs to one block, and every block to one task.
                 unsafe {
-                    out.write(b, h, i, &block.out[row * out_width..][..a.value_dim()]);
-                    lse_view.write_row(b, h, i, &block.lse[row..=row]);
-                    mean_view.write_row(b, h, i, &block.key_mean[row * width..][..a.head_dim()]);
-                    probe_view.write_row(b, h, i, &block.probe[row * width..][..a.head_dim()]);
+                    sinks.out.write(b, h, i, &block.out[row * out_width..][..a.value_dim()]);
+                    sinks.lse.write(b, h, i, &block.lse[row..=row]);
+                    sinks.key_mean.write(b, h, i, &block.key_mean[row * width..][..a.head_dim()]);
+                    sinks.probe.write(b, h, i, &block.probe[row * width..][..a.head_dim()]);
                 }
             }
-            (block.solved, block.flop)
+            BlockReport {
+                solved: block.solved,
+                flop: block.flop,
+                reach: block.reach,
+                largest_logit: block.largest_logit,
+            }
         })
-        .collect();
-    State { lse: Tensor::new(lse.into_vec(), &rows), key_mean, probe, diagnostics: gathered(solved) }
+        .collect()
 }
 
-/// All blocks and tiles of a backward. `dq`, `dk` and `dv` are written; the rest comes back.
+/// All blocks and tiles of a backward. `dq`, `dk` and `dv` are written; the rest comes back, with the largest logit.
 pub fn backward<C: Real>(
     arch: pulp::Arch,
     inputs: &Inputs<C>,
     probe: &dyn ReadRows<C>,
     grad_out: &dyn ReadRows<C>,
     [dq, dk, dv]: [&dyn WriteRows<C>; 3],
-) -> OtherGradients<C> {
+) -> (OtherGradients<C>, f64) {
     let a = inputs.attention;
     let prepared = Prepared::new(inputs, true);
     let pool = Pool::new();
@@ -239,14 +261,19 @@ pub fn backward<C: Real>(
         Tensor::new(blocks.iter().flat_map(rows).collect(), &a.query_shape())
     });
     flop += tile_results.iter().map(|(_, flop)| flop).sum::<u64>();
-    let mut diagnostics = gathered(blocks.into_iter().map(|block| (block.solved, 0)).collect());
+    let largest_logit = blocks.iter().map(|block| block.largest_logit).fold(0.0, f64::max);
+    let mut diagnostics = gathered(blocks.into_iter().map(|block| (block.solved, 0)));
     diagnostics.flop = flop;
-    OtherGradients { dridge: Tensor::new(dridge, a.ridge().shape()), dscale, dbias, dprobe, diagnostics }
+    (
+        OtherGradients { dridge: Tensor::new(dridge, a.ridge().shape()), dscale, dbias, dprobe, diagnostics },
+        largest_logit,
+    )
 }
 
-fn gathered(solved: Vec<(solve::Solved, u64)>) -> Diagnostics {
+/// The reports of all blocks, in the order of the outputs.
+pub fn gathered(blocks: impl IntoIterator<Item = (solve::Solved, u64)>) -> Diagnostics {
     let mut all = Diagnostics::default();
-    for (block, flop) in solved {
+    for (block, flop) in blocks {
         all.iterations.extend(block.iterations);
         all.residual.extend(block.residual);
         all.direct += block.direct;
