@@ -2,6 +2,8 @@
 
 pub mod attention;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod element;
 mod engine;
 mod error;
@@ -14,6 +16,8 @@ mod view;
 
 pub use attention::{Attention, AttentionBuilder, Problem};
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
 pub use element::{Element, Real};
 pub use engine::{Diagnostics, Engine, Forward, Gradients, OtherGradients, State};
 pub use error::{Error, Result};

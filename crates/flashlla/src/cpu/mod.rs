@@ -26,7 +26,8 @@ use crate::{
     ViewMut,
 };
 use block::Buffers;
-use pack::{Bad, Head};
+pub(crate) use pack::Bad;
+use pack::Head;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Mutex;
