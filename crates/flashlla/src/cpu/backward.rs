@@ -229,11 +229,11 @@ pub fn rows<T: Element, G: Element, C: Real>(
         }
         let p = weights.tile(arith, t);
         let w = at_least(tile, n * TILE);
-        for row in 0..n {
+        for (row, sum) in sum.iter_mut().enumerate() {
             let at = row * TILE..(row + 1) * TILE;
             let w = &mut w[at.clone()];
             let (p, gamma) = (&p[at.clone()], &gamma[at]);
-            sum[row] += arith.arch.dispatch(CentredWeights { p, gamma, mean: gamma_mean[row], w });
+            *sum += arith.arch.dispatch(CentredWeights { p, gamma, mean: gamma_mean[row], w });
         }
         let left = Left { data: w, row: TILE, col: 1 };
         arith.add_product([n, width, TILE], left, Right { data: head.k.tile(t), row: width }, &mut c);

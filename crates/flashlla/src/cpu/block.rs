@@ -168,9 +168,8 @@ impl<'a, C: Real> Weights<'a, C> {
             this.scores.compute(arith, t, tile);
             for (row, max) in tile.chunks_exact(TILE).zip(&mut max) {
                 let largest = arith.arch.dispatch(RowMax(row));
-                // Not `max`: a NaN must get through.
-                if !(largest <= *max) {
-                    *max = largest;
+                if largest > *max || !largest.is_finite() && largest != C::NEG_INFINITY {
+                    *max = largest; // A NaN gets through, and with it the row becomes NaN.
                 }
             }
         }

@@ -241,13 +241,14 @@ fn backward<T: Element, G: Element, C: Real, O: Element>(
         .map(|place| {
             let (head, bias) =
                 (prepared.head(problem, place), prepared.bias(problem, place.batch, place.head));
-            let block = pool.with(|buffers| backward::rows(&call, head, bias, place, buffers));
+            let mut block = pool.with(|buffers| backward::rows(&call, head, bias, place, buffers));
             for (row, i) in place.rows.clone().enumerate() {
                 // SAFETY: every query row belongs to one block, and every block to one task.
                 unsafe {
                     dq.write_row(place.batch, place.head, i, &block.dq[row * block.width..][..a.head_dim()])
                 };
             }
+            block.dq = vec![]; // Blocks stay until the second pass is done; this is done with.
             block
         })
         .collect();
