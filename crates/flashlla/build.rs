@@ -1,6 +1,6 @@
 //! Embeds the GPU kernels when there are any.
 //!
-//! With feature `cuda`: the bundle that `FLASHLLA_KERNELS` names, or else `target/kernels/flashlla.kernels` of the workspace
+//! With feature `cuda`: the bundle that `FLASHLLA_KERNELS` names, or else `target/kernels/flashlla-kernels.bundle` of the workspace
 //! (where `cargo xtask kernels` writes it). Without one the library builds all the same and looks for a bundle at run time.
 
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ fn main() {
         Some(path) => PathBuf::from(path),
         None => {
             let here = std::env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo");
-            PathBuf::from(here).join("../../target/kernels/flashlla.kernels")
+            PathBuf::from(here).join("../../target/kernels/flashlla-kernels.bundle")
         }
     };
     // A path that does not exist must not be watched: cargo would take the crate for changed every time.

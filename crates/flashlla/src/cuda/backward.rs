@@ -1,7 +1,9 @@
 //! [`BackwardPlan`]: the backward on device pointers.
 
 use super::driver::{Arguments, Context, Memory, fill, upload};
-use super::plan::{Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, option, side};
+use super::plan::{
+    Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, option, side,
+};
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Element, Error, Result};
 use std::sync::Arc;
@@ -90,13 +92,13 @@ impl BackwardPlan {
         }
         let mut core = Core::new(engine, attention, options, high)?;
         let bias = options.bias;
-        let convert = Convert::new(&mut core, inputs)?;
-        let convert_grad = Convert::new(&mut core, grad)?;
-        let convert_f32 = Convert::new(&mut core, "f32")?;
-        let mix = core.find("lla_mix", None, false, bias)?;
-        let solve = core.find("lla_solve", None, high, bias)?;
-        let query = core.find("lla_backward_query", Some(out), false, bias)?;
-        let key = core.find("lla_backward_key", Some(out), false, bias)?;
+        let convert = Convert::new(&core, inputs)?;
+        let convert_grad = Convert::new(&core, grad)?;
+        let convert_f32 = Convert::new(&core, "f32")?;
+        let mix = core.find("lla_mix", "", false, bias)?;
+        let solve = core.find("lla_solve", "", high, bias)?;
+        let query = core.find("lla_backward_query", out, false, bias)?;
+        let key = core.find("lla_backward_key", out, false, bias)?;
         for kernel in [&mix, &solve, &query] {
             core.use_block(kernel.block[0]);
         }
@@ -124,6 +126,11 @@ impl BackwardPlan {
         &self.core.attention
     }
 
+    /// The relative residual that the second solves aim for.
+    pub fn tolerance(&self) -> f64 {
+        self.core.tolerance
+    }
+
     /// The shape `[batch, query head, N', D']` of mean keys and probes on the device.
     pub fn state_shape(&self) -> [usize; 4] {
         self.core.state_shape()
@@ -141,7 +148,7 @@ impl BackwardPlan {
         let seen_by = self.seen_by.as_ref().map_or(0, |[first, _]| first.len() * 4);
         let mut places = Places::default();
         let places = &mut places;
-        let mut half = |places: &mut Places, rows: usize| places.take(rows * core.width * 2);
+        let half = |places: &mut Places, rows: usize| places.take(rows * core.width * 2);
         Scratch {
             tables: core.place_tables(places),
             seen_by: [places.take(seen_by), places.take(seen_by)],
@@ -171,7 +178,12 @@ impl BackwardPlan {
     ///
     /// # Safety
     /// As there.
-    pub unsafe fn run(&self, stream: RawStream, pointers: &BackwardPointers, scratch: Option<u64>) -> Result<()> {
+    pub unsafe fn run(
+        &self,
+        stream: RawStream,
+        pointers: &BackwardPointers,
+        scratch: Option<u64>,
+    ) -> Result<()> {
         let (core, p) = (&self.core, pointers);
         let a = &core.attention;
         let has = PlanOptions { bias: p.bias.is_some(), probe: core.has.probe };
@@ -216,7 +228,9 @@ impl BackwardPlan {
             .f32(scale);
         let [iterations, residual] = p.diagnostics.unwrap_or([0, 0]);
         let solve = Arguments::new()
-            .pointers([qh, kh, unit, p.key_mean, row, left_over, y, covariance, ridge.ptr, iterations, residual])
+            .pointers([
+                qh, kh, unit, p.key_mean, row, left_over, y, covariance, ridge.ptr, iterations, residual,
+            ])
             .then(&common(&self.solve, core.options | option::RIGHT_HAND_SIDE))
             .then(&core.solve_limits(ridge, true, p.diagnostics.is_some()));
         let strides = |arguments: Arguments, view: &DeviceView| {
@@ -266,7 +280,8 @@ impl BackwardPlan {
                 self.query.pick(dq).launch(grid(&self.query), &query, stream)?;
             }
             if a.keys() > 0 {
-                let whole = aligned(&p.dk, a.head_dim(), self.bytes) && aligned(&p.dv, a.value_dim(), self.bytes);
+                let whole =
+                    aligned(&p.dk, a.head_dim(), self.bytes) && aligned(&p.dv, a.value_dim(), self.bytes);
                 let grid = [side(kv_heads), side(a.keys().div_ceil(self.key.block[1])), 1];
                 self.key.pick(whole).launch(grid, &key, stream)?;
             }

@@ -74,11 +74,11 @@ impl ForwardPlan {
     ) -> Result<Self> {
         let (dtype, out_dtype) = (dtype::<T>()?, dtype::<O>()?);
         let mut core = Core::new(engine, attention, options, high)?;
-        let convert = Convert::new(&mut core, dtype)?;
-        let weights = core.find("lla_weights", Some(dtype), false, options.bias)?;
-        let solve = core.find("lla_solve", None, high, options.bias)?;
-        let output = core.find("lla_output", Some(out_dtype), high, options.bias)?;
-        let poison = core.find("lla_poison", Some(out_dtype), false, false)?;
+        let convert = Convert::new(&core, dtype)?;
+        let weights = core.find("lla_weights", dtype, false, options.bias)?;
+        let solve = core.find("lla_solve", "", high, options.bias)?;
+        let output = core.find("lla_output", out_dtype, high, options.bias)?;
+        let poison = core.find("lla_poison", out_dtype, false, false)?;
         for kernel in [&weights, &solve, &output] {
             core.use_block(kernel.block[0]);
         }
@@ -142,7 +142,12 @@ impl ForwardPlan {
     /// # Safety
     /// `stream` must be a stream of the plan's GPU (null is the default stream). Every address must lead to device memory of
     /// the sizes described, valid in the order of the stream and, for what is written, not otherwise used.
-    pub unsafe fn run(&self, stream: RawStream, pointers: &ForwardPointers, scratch: Option<u64>) -> Result<()> {
+    pub unsafe fn run(
+        &self,
+        stream: RawStream,
+        pointers: &ForwardPointers,
+        scratch: Option<u64>,
+    ) -> Result<()> {
         // SAFETY: the caller's.
         unsafe { self.run_parts(stream, pointers, scratch, true) }
     }
@@ -173,8 +178,7 @@ impl ForwardPlan {
             None => Some(Memory::new(context, stream, at.bytes)?),
         };
         let base = scratch.or(own.as_ref().map(Memory::ptr)).expect("one of the two");
-        let [unit, kh, vh, qh, xh, row] =
-            [at.unit, at.kh, at.vh, at.qh, at.xh, at.row].map(|at| base + at);
+        let [unit, kh, vh, qh, xh, row] = [at.unit, at.kh, at.vh, at.qh, at.xh, at.row].map(|at| base + at);
         let key_mean = p.key_mean.unwrap_or(base + at.key_mean);
         // SAFETY: inside the scratch.
         let ridge = unsafe { core.write_tables(&at.tables, base, p.ridge, stream)? };
@@ -210,9 +214,8 @@ impl ForwardPlan {
             .i32s([int(a.value_dim())])
             .i64s([p.out.strides[0], p.out.strides[1]])
             .i32s([p.out.strides[2] as i32, i32::from(p.lse.is_some())]);
-        let grid = |kernel: &Variants| {
-            [side(core.heads()[0]), side(a.queries().div_ceil(kernel.block[0])), 1]
-        };
+        let grid =
+            |kernel: &Variants| [side(core.heads()[0]), side(a.queries().div_ceil(kernel.block[0])), 1];
         let keys = [a.batch(), a.kv_heads(), a.keys()];
         let tensors = [(p.k, a.head_dim(), kh), (p.v, a.value_dim(), vh)];
         let [bytes, out_bytes] = self.bytes;

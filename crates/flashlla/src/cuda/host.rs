@@ -179,7 +179,9 @@ impl<'a, T: Element> Inputs<'a, T> {
             None => cropped(&room.read::<f32>(&probe, state_len)?, a.query_shape(), state_shape),
         };
         let diagnostics = match given {
-            Some(_) => Diagnostics { iterations: vec![0; count], residual: vec![0.0; count], ..Default::default() },
+            Some(_) => {
+                Diagnostics { iterations: vec![0; count], residual: vec![0.0; count], ..Default::default() }
+            }
             None => self.diagnostics(&room, &iterations, &residual)?,
         };
         let key_mean = cropped(&mean, a.query_shape(), state_shape);
@@ -289,7 +291,9 @@ impl<'a, T: Element> Inputs<'a, T> {
             false => None,
         };
         let diagnostics = match given || count == 0 {
-            true => Diagnostics { iterations: vec![0; count], residual: vec![0.0; count], ..Default::default() },
+            true => {
+                Diagnostics { iterations: vec![0; count], residual: vec![0.0; count], ..Default::default() }
+            }
             false => self.diagnostics(&room, &iterations, &residual)?,
         };
         let mut dq = tensor(&dq, a.query_shape())?;

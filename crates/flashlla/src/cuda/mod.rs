@@ -28,8 +28,8 @@ mod host;
 mod plan;
 mod spoilt;
 
-pub use driver::RawStream;
 pub use backward::{BackwardPlan, BackwardPointers};
+pub use driver::RawStream;
 pub use forward::{ForwardPlan, ForwardPointers};
 pub use plan::{DeviceBias, DeviceRidge, DeviceView, HIGH_TOLERANCE, PlanOptions, STANDARD_TOLERANCE};
 
@@ -174,14 +174,14 @@ impl Inner {
     /// A kernel, and the query rows and key rows of its blocks.
     fn load(&self, wanted: Wanted) -> Result<(Arc<Function>, [usize; 2])> {
         let Some(place) = self.bundle.find(&self.architecture, wanted) else {
-            let Wanted { kernel, dtype, head_dim, high, bias, .. } = wanted;
+            let Wanted { entry, dtype, head_dim, high, bias, .. } = wanted;
             let with = |yes: bool, what: &str| if yes { format!(", {what}") } else { String::new() };
             return Err(Error::Cuda {
                 problem: format!(
-                    "the kernels in {} for {} lack {kernel} (head dimension {head_dim}{}{}{})",
+                    "the kernels in {} for {} lack {entry} (head dimension {head_dim}{}{}{})",
                     self.bundle.origin(),
                     self.architecture,
-                    dtype.map_or(String::new(), |dtype| format!(", {dtype}")),
+                    with(!dtype.is_empty(), dtype),
                     with(high, "high precision"),
                     with(bias, "bias"),
                 ),
@@ -194,8 +194,8 @@ impl Inner {
             return Ok((function.clone(), block));
         }
         // Loaded without the lock: other threads go on, and of two that load the same one is dropped.
-        let cubin = self.bundle.cubin(kernel)?;
-        let function = Arc::new(Function::load(&self.context, &cubin, &format!("{}_entry", kernel.kernel))?);
+        let cubin = self.bundle.cubin(kernel);
+        let function = Arc::new(Function::load(&self.context, cubin, &format!("{}_entry", kernel.entry))?);
         Ok((lock(&self.loaded).entry(place).or_insert(function).clone(), block))
     }
 

@@ -147,7 +147,11 @@ impl Core {
     pub fn new(engine: &Arc<Inner>, attention: &Attention, has: PlanOptions, high: bool) -> Result<Self> {
         let a = attention;
         if a.solver() == Solver::Direct {
-            return Err(Error::value("solver", "direct", "auto or cg on a GPU (compute direct solves on the CPU)"));
+            return Err(Error::value(
+                "solver",
+                "direct",
+                "auto or cg on a GPU (compute direct solves on the CPU)",
+            ));
         }
         let widths = engine.bundle.head_dims(&engine.architecture, "lla_solve");
         let widest = widths.last().copied().unwrap_or(0);
@@ -157,7 +161,11 @@ impl Core {
                 true => ("head_dim", a.head_dim()),
                 false => ("value_dim", a.value_dim()),
             };
-            return Err(Error::value(argument, given, format!("at most {widest}, the widest of these GPU kernels")));
+            return Err(Error::value(
+                argument,
+                given,
+                format!("at most {widest}, the widest of these GPU kernels"),
+            ));
         };
         // Rows are counted in 32 bits, and a grid's second side has 16.
         let rows = a.batch() * a.heads() * a.queries().next_multiple_of(TOKENS) * 2;
@@ -170,7 +178,11 @@ impl Core {
             }
         }
         if a.batch() * a.heads() > 65535 {
-            return Err(Error::value("batch", a.batch(), "on a GPU, at most 65535 when multiplied by the query heads"));
+            return Err(Error::value(
+                "batch",
+                a.batch(),
+                "on a GPU, at most 65535 when multiplied by the query heads",
+            ));
         }
         let (options, offset, window, ranges) = translate_mask(a, has.probe);
         let (tolerance, max_iters) = limits(a.solver(), high, width);
@@ -201,15 +213,15 @@ impl Core {
     }
 
     /// A kernel for this width, in both variants.
-    pub fn find(&mut self, kernel: &'static str, dtype: Option<&str>, high: bool, bias: bool) -> Result<Variants> {
-        let keys = self.attention.keys();
-        let mut wanted =
-            Wanted { kernel, dtype, head_dim: self.width, high, bias, aligned: false, keys };
-        let (any, block) = self.engine.load(wanted)?;
-        wanted.aligned = true;
-        let aligned = self.engine.bundle.find(&self.engine.architecture, wanted).is_some();
-        let (aligned, aligned_block) = if aligned { self.engine.load(wanted)? } else { (any.clone(), block) };
-        assert_eq!(block, aligned_block, "the variants of a kernel have the same tiles");
+    pub fn find(&self, entry: &str, dtype: &str, high: bool, bias: bool) -> Result<Variants> {
+        let head_dim = self.width;
+        // Most kernels have a variant for any alignment; those that touch no tensor of the caller's only that.
+        let of = |aligned| self.engine.load(Wanted { entry, dtype, head_dim, high, bias, aligned });
+        let (any, block) = of(false)?;
+        let aligned = match of(true) {
+            Ok((aligned, same)) if same == block => aligned,
+            _ => any.clone(),
+        };
         Ok(Variants { aligned, any, block })
     }
 
@@ -242,9 +254,10 @@ impl Core {
             return;
         }
         // Smallest and largest first key, smallest and largest end, of every block.
-        let bounds = first.chunks(block).zip(end.chunks(block)).flat_map(|(first, end)| {
-            [first[0], first[first.len() - 1], end[0], end[end.len() - 1]]
-        });
+        let bounds = first
+            .chunks(block)
+            .zip(end.chunks(block))
+            .flat_map(|(first, end)| [first[0], first[first.len() - 1], end[0], end[end.len() - 1]]);
         self.bounds.push((block, bounds.collect()));
     }
 
@@ -329,7 +342,14 @@ impl Core {
     }
 
     /// The arguments from `options` to `bias_head` of a kernel with blocks of so many queries.
-    pub fn by_query(&self, tables: &Tables, base: u64, options: i32, block: usize, bias: Option<DeviceBias>) -> Arguments {
+    pub fn by_query(
+        &self,
+        tables: &Tables,
+        base: u64,
+        options: i32,
+        block: usize,
+        bias: Option<DeviceBias>,
+    ) -> Arguments {
         let bounds = self.bounds.iter().position(|(b, _)| *b == block).map_or(0, |i| base + tables.bounds[i]);
         self.pairs(tables, base, options).pointers([bounds]).i32s([0]).then(&Self::bias(bias))
     }
@@ -341,10 +361,11 @@ impl Core {
 
     /// The last arguments of the solve: ridges, tolerance, limits, what to write.
     pub fn solve_limits(&self, ridge: DeviceRidge, save: bool, diagnostics: bool) -> Arguments {
-        Arguments::new()
-            .i32s(ridge.strides)
-            .f32((self.tolerance * self.tolerance) as f32)
-            .i32s([self.max_iters, i32::from(save), i32::from(diagnostics)])
+        Arguments::new().i32s(ridge.strides).f32((self.tolerance * self.tolerance) as f32).i32s([
+            self.max_iters,
+            i32::from(save),
+            i32::from(diagnostics),
+        ])
     }
 
     /// Whether a bias is there exactly if one was planned, and token strides fit.
@@ -354,7 +375,11 @@ impl Core {
         {
             if given != planned {
                 let say = |there: bool| if there { "given" } else { "none" };
-                return Err(Error::value(argument, say(given), format!("{}, as the plan says", say(planned))));
+                return Err(Error::value(
+                    argument,
+                    say(given),
+                    format!("{}, as the plan says", say(planned)),
+                ));
             }
         }
         match views.iter().find(|(_, view)| i32::try_from(view.strides[2]).is_err()) {
@@ -389,12 +414,10 @@ impl ConvertScratch {
 }
 
 impl Convert {
-    pub fn new(core: &mut Core, dtype: &str) -> Result<Self> {
+    pub fn new(core: &Core, dtype: &str) -> Result<Self> {
         let bytes = if dtype == "f32" { 4 } else { 2 };
-        let (range, convert) = (
-            core.find("lla_range", Some(dtype), false, false)?,
-            core.find("lla_convert", Some(dtype), false, false)?,
-        );
+        let (range, convert) =
+            (core.find("lla_range", dtype, false, false)?, core.find("lla_convert", dtype, false, false)?);
         assert_eq!(range.block[0], convert.block[0], "both go through the same chunks");
         Ok(Self { range, convert, bytes })
     }
