@@ -150,35 +150,3 @@ fn condensed(text: &str) -> String {
         _ => format!("{line}; see 'flashlla {}'", help.unwrap_or("--help")),
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_description_of_the_command_line_is_consistent() {
-        Cli::command().debug_assert();
-    }
-
-    fn mistake(args: &[&str]) -> String {
-        match Cli::read(["flashlla"].iter().chain(args).map(OsString::from)) {
-            Err(Stop::Mistake(error)) => error.to_string(),
-            _ => panic!("{args:?} is accepted"),
-        }
-    }
-
-    #[test]
-    fn mistakes_are_one_line_with_the_way_out() {
-        for (args, wanted) in [
-            (&["attend"][..], "--output <OUT.safetensors>"),
-            (&["atend"], "attend"),
-            (&["attend", "a", "-o", "b", "--dtype", "f8"], "f64, f32, bf16, f16"),
-            (&["attend", "a", "-o", "b", "--ridge", "-1"], "greater than 0"),
-            (&["attend", "a", "-o", "b", "--windw", "2"], "--window"),
-            (&["bench", "--threads", "0"], "0"),
-        ] {
-            let line = mistake(args);
-            assert!(line.contains(wanted) && line.contains("--help") && !line.contains('\n'), "{line}");
-        }
-    }
-}

@@ -53,13 +53,3 @@ pub fn one_line(text: &str) -> String {
 
 /// The result of a command.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn control_characters_do_not_reach_the_terminal() {
-        assert_eq!(one_line("a\nb\u{1b}[31mλ"), "a\\nb\\u{1b}[31mλ");
-    }
-}

@@ -2,6 +2,7 @@
 
 use crate::{Result, stdout};
 use clap::Args;
+use flashlla::Cpu;
 
 /// The options of `info`.
 #[derive(Debug, Args)]
@@ -17,7 +18,7 @@ pub struct Info {
     version: &'static str,
     target: String,
     cpu: Option<String>,
-    /// The SIMD level that the engine's run-time dispatch chooses.
+    /// The instruction set that the engine chooses at run time.
     simd: &'static str,
     /// Those of the features the engine could use that this CPU has.
     features: Vec<&'static str>,
@@ -33,7 +34,7 @@ impl Info {
             version: env!("CARGO_PKG_VERSION"),
             target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
             cpu: cpu(),
-            simd: simd(),
+            simd: Cpu::new().instruction_set(),
             features: features(),
             logical_cpus: std::thread::available_parallelism().map_or(1, usize::from),
             threads: rayon::current_num_threads(),
@@ -62,19 +63,6 @@ pub fn run(args: &InfoArgs) -> Result<()> {
     stdout::line(format_args!("features  {features}"))?;
     stdout::line(format_args!("threads   {} of {} logical CPUs", info.threads, info.logical_cpus))?;
     stdout::line("devices   cpu")
-}
-
-/// The level that `pulp`, which the engine dispatches through, chooses.
-fn simd() -> &'static str {
-    match pulp::Arch::new() {
-        #[cfg(target_arch = "x86_64")]
-        pulp::Arch::V4(_) => "AVX-512 (x86-64-v4)",
-        #[cfg(target_arch = "x86_64")]
-        pulp::Arch::V3(_) => "AVX2 and FMA (x86-64-v3)",
-        #[cfg(target_arch = "aarch64")]
-        pulp::Arch::Neon(_) => "NEON",
-        _ => "none",
-    }
 }
 
 #[cfg(target_arch = "x86_64")]

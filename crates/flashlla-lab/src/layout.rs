@@ -95,26 +95,3 @@ impl Layout {
         Tensor::new(data, &self.shape(shape))
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn arranging_is_what_reading_undoes() {
-        let data: Vec<f32> = (0..2 * 3 * 5 * 4).map(|x| x as f32).collect();
-        let tensor = Tensor::new(data, &[2, 3, 5, 4]);
-        let arranged = Layout::Bnhd.arrange(tensor.clone());
-        assert_eq!(arranged.shape(), [2, 5, 3, 4]);
-        let view = Layout::Bnhd.view(&arranged).unwrap();
-        for (b, h, n, d) in [(0, 0, 0, 0), (1, 2, 4, 3), (1, 0, 3, 2), (0, 2, 1, 1)] {
-            assert_eq!(view.at(b, h, n, d), tensor.view().at(b, h, n, d));
-        }
-    }
-
-    #[test]
-    fn a_wrong_number_of_axes_names_the_layout_that_has_it() {
-        let error = Layout::Bhnd.view(&Tensor::<f32>::zeros(&[2, 5, 4])).unwrap_err();
-        assert!(error.contains("[2, 5, 4]") && error.contains("--layout bnd"), "{error}");
-    }
-}

@@ -11,6 +11,7 @@ pub mod info;
 pub mod inputs;
 pub mod layout;
 pub mod options;
+pub mod report;
 pub mod stdout;
 pub mod summary;
 

@@ -100,3 +100,12 @@ fn bench_prints_a_line_of_json_per_shape_and_pass() {
     }
     assert_eq!(lines[2]["head_dim"], 16);
 }
+
+#[test]
+fn bench_refuses_shapes_that_are_not_four_positive_numbers() {
+    for bad in ["", "1,2,3", "1,2,3,4,5", "1,2,3,x", "0,1,1,1", "1,1,1,257", "1,1,-1,4"] {
+        let (output, stdout, stderr) = run(&["bench", "--shape", bad]);
+        assert_eq!(output.status.code(), Some(2), "{bad}");
+        assert!(stdout.is_empty() && stderr.contains("--shape") && stderr.lines().count() == 1, "{stderr}");
+    }
+}

@@ -275,6 +275,20 @@ impl Attention {
         [self.batch, self.heads, self.queries, self.value_dim]
     }
 
+    /// The batch and head under which a bias of that shape holds what query head `head` adds.
+    #[inline]
+    pub(crate) fn bias_place(&self, bias: [usize; 4], batch: usize, head: usize) -> (usize, usize) {
+        let [b, h, ..] = bias;
+        let head = if h == self.heads {
+            head
+        } else if h == self.kv_heads {
+            head / self.group()
+        } else {
+            0
+        };
+        (if b == 1 { 0 } else { batch }, head)
+    }
+
     /// Joins the description with `q [B, HQ, N, D]`, `k [B, H, M, D]` and `v [B, H, M, DV]`.
     pub fn problem<'a, T: Element>(
         &'a self,
@@ -369,22 +383,6 @@ impl<'a, T: Element> Problem<'a, T> {
     /// The given probe, if there is one: `[B, HQ, N, D]`.
     pub fn probe(&self) -> Option<View<'a, T::Acc>> {
         self.probe
-    }
-
-    /// The batch and head under which the bias of query head `head` lies.
-    #[inline]
-    pub(crate) fn bias_place(&self, batch: usize, head: usize) -> (usize, usize) {
-        let Some(bias) = self.bias else { return (0, 0) };
-        let [b, h, ..] = bias.shape();
-        let a = self.attention;
-        let head = if h == a.heads {
-            head
-        } else if h == a.kv_heads {
-            head / a.group()
-        } else {
-            0
-        };
-        (if b == 1 { 0 } else { batch }, head)
     }
 
     pub(crate) fn check_grad_out<G: Element>(&self, grad_out: &View<G>) -> Result<()> {

@@ -6,11 +6,12 @@
 
 use super::block::{Arith, Buffers, Scores, Weights, at_least, exponentiate, sees_bad};
 use super::forward::{ridges, scaled_queries};
-use super::pack::{Bad, Head, read_row};
+use super::pack::{Bad, Head};
 use super::product::{Finish, Left, Plain, Right};
+use super::rows::{Inputs, ReadRows};
 use super::solve::{Solved, Systems, solve};
 use super::{LANES, Place, TILE, padded};
-use crate::{Element, Problem, Real, View, Visible};
+use crate::{Real, Visible};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
@@ -159,16 +160,17 @@ impl<T: Real> WithSimd for PairGradients<'_, T> {
 }
 
 /// What stays the same for all blocks.
-pub struct Call<'a, T: Element, G> {
+pub struct Call<'a, C> {
     pub arch: pulp::Arch,
-    pub problem: &'a Problem<'a, T>,
-    pub probe: View<'a, T::Acc>,
-    pub grad_out: View<'a, G>,
+    pub inputs: &'a Inputs<'a, C>,
+    /// The forward's probe.
+    pub probe: &'a dyn ReadRows<C>,
+    pub grad_out: &'a dyn ReadRows<C>,
 }
 
 /// The first pass over one block.
-pub fn rows<T: Element, G: Element, C: Real>(
-    call: &Call<T, G>,
+pub fn rows<C: Real>(
+    call: &Call<C>,
     head: &Head<C>,
     bias: Option<(&[C], &Bad)>,
     place: &Place,
@@ -176,7 +178,7 @@ pub fn rows<T: Element, G: Element, C: Real>(
 ) -> BlockBackward<C> {
     let arith = Arith::new(call.arch);
     let arith = &arith;
-    let (problem, attention) = (call.problem, call.problem.attention());
+    let (inputs, attention) = (call.inputs, call.inputs.attention);
     let (n, dim, width) = (place.rows.len(), head.k.dim, head.k.width);
     let (value_dim, value_width) = (head.v.dim, head.v.width);
     let visible: Vec<Visible> =
@@ -184,13 +186,13 @@ pub fn rows<T: Element, G: Element, C: Real>(
     let Buffers { weights: cache, gamma: gamma_cache, tile: [tile, kx, ky, ds], .. } = buffers;
 
     let mut q = vec![];
-    let bad_q = scaled_queries(problem, place, width, &mut q);
+    let bad_q = scaled_queries(inputs, place, width, &mut q);
     let (mut g, mut x) = (vec![C::ZERO; n * value_width], vec![C::ZERO; n * width]);
     let (mut bad_g, mut bad_x) = (vec![false; n], vec![false; n]);
     for (row, i) in place.rows.clone().enumerate() {
         let (b, h) = (place.batch, place.head);
-        read_row(call.grad_out, b, h, i, &mut g[row * value_width..][..value_width], &mut bad_g[row]);
-        read_row(call.probe, b, h, i, &mut x[row * width..][..width], &mut bad_x[row]);
+        bad_g[row] = !call.grad_out.read(b, h, i, &mut g[row * value_width..][..value_width]);
+        bad_x[row] = !call.probe.read(b, h, i, &mut x[row * width..][..width]);
     }
 
     let scores = Scores { head, bias: bias.map(|b| b.0), q: &q, width, visible: &visible };
@@ -247,8 +249,8 @@ pub fn rows<T: Element, G: Element, C: Real>(
     // A y = c; what is left of c is the residual. A given probe has y = 0.
     let mut y = vec![C::ZERO; n * width];
     let mut residual = c.clone();
-    let ridge = ridges(problem, place);
-    let given = problem.probe().is_some();
+    let ridge = ridges(attention, place);
+    let given = inputs.probe.is_some();
     let solved = if given {
         Solved { iterations: vec![0; n], residual: vec![0.0; n], direct: 0 }
     } else {
@@ -320,7 +322,7 @@ pub fn rows<T: Element, G: Element, C: Real>(
     let mut query = vec![C::ZERO; width];
     for (row, i) in place.rows.clone().enumerate() {
         let at = row * width..(row + 1) * width;
-        read_row(problem.q(), place.batch, place.head, i, &mut query, &mut false);
+        inputs.q.read(place.batch, place.head, i, &mut query);
         dscale += arith.dot(&query, &dq[at.clone()]);
         arith.combine(&mut dq[at.clone()], scale, C::ONE, &y[at.clone()]);
         if numbers[row].spoils[0] {

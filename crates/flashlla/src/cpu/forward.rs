@@ -1,12 +1,13 @@
 //! The forward of one block of query rows.
 
 use super::block::{Arith, Buffers, Scores, Weights, at_least, sees_bad};
-use super::pack::{Bad, Head, read_row};
+use super::pack::{Bad, Head};
 use super::product::{Finish, Left, Right};
+use super::rows::Inputs;
 use super::simd::SimdReal;
 use super::solve::{Solved, Systems, solve};
 use super::{Place, TILE};
-use crate::{Element, Problem, Real, Visible};
+use crate::{Attention, Real, Visible};
 use pulp::Simd;
 
 /// `w = p (1 + c − t)`, 0 where `p` is: from `t_j = x·k_j` to the weights of the output.
@@ -53,48 +54,43 @@ pub struct BlockForward<C> {
 }
 
 /// The query rows of a block times the scale, and which of them are bad.
-pub fn scaled_queries<T: Element, C: Real>(
-    problem: &Problem<T>,
-    place: &Place,
-    width: usize,
-    q: &mut Vec<C>,
-) -> Vec<bool> {
-    let scale = C::of_f64(problem.attention().scale());
+pub fn scaled_queries<C: Real>(inputs: &Inputs<C>, place: &Place, width: usize, q: &mut Vec<C>) -> Vec<bool> {
+    let scale = C::of_f64(inputs.attention.scale());
     let q = at_least(q, place.rows.len() * width);
     q.fill(C::ZERO);
     let mut bad = vec![false; place.rows.len()];
     for ((row, bad), i) in q.chunks_exact_mut(width).zip(&mut bad).zip(place.rows.clone()) {
-        read_row(problem.q(), place.batch, place.head, i, row, bad);
+        *bad = !inputs.q.read(place.batch, place.head, i, row);
         row.iter_mut().for_each(|x| *x *= scale);
     }
     bad
 }
 
 /// The ridge of every row of a block.
-pub fn ridges<T: Element, C: Real>(problem: &Problem<T>, place: &Place) -> Vec<C> {
+pub fn ridges<C: Real>(attention: &Attention, place: &Place) -> Vec<C> {
     // A λ below the range of the arithmetic still is not 0.
     let least = C::of_f64(f32::MIN_POSITIVE as f64);
-    let at = |i| C::of_f64(problem.attention().ridge().at(place.batch, place.head, i));
+    let at = |i| C::of_f64(attention.ridge().at(place.batch, place.head, i));
     place.rows.clone().map(at).map(|ridge| if ridge < least { least } else { ridge }).collect()
 }
 
-pub fn forward<T: Element, C: Real>(
+pub fn forward<C: Real>(
     arch: pulp::Arch,
-    problem: &Problem<T>,
+    inputs: &Inputs<C>,
     head: &Head<C>,
     bias: Option<(&[C], &Bad)>,
     place: &Place,
     buffers: &mut Buffers<C>,
 ) -> BlockForward<C> {
     let arith = Arith::new(arch);
-    let attention = problem.attention();
+    let attention = inputs.attention;
     let (rows, dim, width) = (place.rows.len(), head.k.dim, head.k.width);
     let visible: Vec<Visible> =
         place.rows.clone().map(|i| attention.mask().visible(i, attention.keys())).collect();
     let Buffers { q, weights: cache, tile, .. } = buffers;
     let [tile, ..] = tile;
 
-    let bad_q = scaled_queries(problem, place, width, q);
+    let bad_q = scaled_queries(inputs, place, width, q);
     let scores = Scores { head, bias: bias.map(|b| b.0), q, width, visible: &visible };
     let mut key_mean = vec![];
     let mut weights = Weights::new(&arith, scores, cache, &mut key_mean);
@@ -103,21 +99,21 @@ pub fn forward<T: Element, C: Real>(
     let mut query = vec![C::ZERO; width];
     let mut residual = key_mean.clone();
     for (delta, i) in residual.chunks_exact_mut(width).zip(place.rows.clone()) {
-        read_row(problem.q(), place.batch, place.head, i, &mut query, &mut false);
+        inputs.q.read(place.batch, place.head, i, &mut query);
         for ((delta, &q), &o) in delta.iter_mut().zip(&query).zip(&head.origin) {
             *delta -= q - o;
         }
     }
-    let mut x = vec![C::ZERO; rows * width];
-    let solved = match problem.probe() {
+    let (mut x, mut bad_x) = (vec![C::ZERO; rows * width], vec![false; rows]);
+    let solved = match inputs.probe {
         Some(probe) => {
-            for (x, i) in x.chunks_exact_mut(width).zip(place.rows.clone()) {
-                probe.row(place.batch, place.head, i).for_each(|d, value| x[d] = value.to_real());
+            for ((row, x), i) in x.chunks_exact_mut(width).enumerate().zip(place.rows.clone()) {
+                bad_x[row] = !probe.read(place.batch, place.head, i, x);
             }
             Solved { iterations: vec![0; rows], residual: vec![0.0; rows], direct: 0 }
         }
         None => {
-            let ridge = ridges(problem, place);
+            let ridge = ridges(attention, place);
             let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver: attention.solver() };
             solve(&arith, &mut weights, &systems, &mut residual, &mut x, tile)
         }
@@ -162,14 +158,17 @@ pub fn forward<T: Element, C: Real>(
             continue;
         }
         if inv == C::ZERO {
-            if problem.probe().is_none() {
+            if inputs.probe.is_none() {
                 x[at].fill(C::ZERO);
             }
             continue;
         }
         out.iter_mut().for_each(|x| *x *= inv);
-        if head.v.bad.seen(&visible[row]) {
+        if head.v.bad.seen(&visible[row]) || bad_x[row] {
             out.fill(C::NAN);
+        }
+        if bad_x[row] {
+            x[at.clone()].fill(C::NAN);
         }
         // Each logit was short by scale q·μ.
         let origin: C = head.origin.iter().zip(&weights.scores.q[at]).map(|(&o, &q)| o * q).sum();

@@ -10,8 +10,9 @@
 //! Keys and values with a non-finite entry are stored as zeros and counted: a weight of 0 does not keep a NaN out of a product.
 //! The queries that see them are found by the counts and set to NaN at the end.
 
+use super::rows::{Inputs, ReadRows};
 use super::{LANES, TILE, padded};
-use crate::{Element, Problem, Real, View};
+use crate::Real;
 
 /// Running counts of bad tokens: how many lie below each place. Empty when there is none.
 #[derive(Default)]
@@ -55,22 +56,14 @@ pub struct Packed<C> {
 
 impl<C: Real> Packed<C> {
     /// The tokens of one head, less `origin`.
-    fn new<T: Element>(
-        view: View<T>,
-        b: usize,
-        h: usize,
-        origin: &[C],
-        by_row: bool,
-        by_column: bool,
-    ) -> Self {
+    fn new(view: &dyn ReadRows<C>, b: usize, h: usize, origin: &[C], by_row: bool, by_column: bool) -> Self {
         let [_, _, tokens, dim] = view.shape();
         let (width, tiles) = (padded(dim, LANES), tokens.div_ceil(TILE));
         let mut rows = vec![C::ZERO; if by_row { tiles * TILE * width } else { 0 }];
         let mut transposed = vec![C::ZERO; if by_column { tiles * dim * TILE } else { 0 }];
         let mut token = vec![C::ZERO; dim];
         let bad = Bad::new((0..tokens).map(|j| {
-            view.row(b, h, j).for_each(|d, x| token[d] = x.to_real());
-            let bad = token.iter().any(|x| !x.is_finite());
+            let bad = !view.read(b, h, j, &mut token);
             if !bad {
                 for (x, &o) in token.iter_mut().zip(origin) {
                     *x -= o;
@@ -108,25 +101,24 @@ pub struct Head<C> {
 }
 
 impl<C: Real> Head<C> {
-    pub fn new<T: Element>(problem: &Problem<T>, b: usize, h: usize, backward: bool) -> Self {
-        let origin = reference_key(problem.k(), b, h);
-        let k = Packed::new(problem.k(), b, h, &origin, true, true);
-        let zeros = vec![C::ZERO; problem.attention().value_dim()];
-        let v = Packed::new(problem.v(), b, h, &zeros, !backward, backward);
+    pub fn new(inputs: &Inputs<C>, b: usize, h: usize, backward: bool) -> Self {
+        let origin = reference_key(inputs.k, b, h);
+        let k = Packed::new(inputs.k, b, h, &origin, true, true);
+        let zeros = vec![C::ZERO; inputs.attention.value_dim()];
+        let v = Packed::new(inputs.v, b, h, &zeros, !backward, backward);
         Self { k, v, origin }
     }
 }
 
 /// The coordinate-wise median of up to 33 finite keys, evenly spread.
-fn reference_key<T: Element, C: Real>(k: View<T>, b: usize, h: usize) -> Vec<C> {
+fn reference_key<C: Real>(k: &dyn ReadRows<C>, b: usize, h: usize) -> Vec<C> {
     const SAMPLES: usize = 33;
     let [_, _, tokens, dim] = k.shape();
     let mut samples: Vec<Vec<C>> = (0..dim).map(|_| Vec::with_capacity(SAMPLES)).collect();
+    let mut key = vec![C::ZERO; dim];
     for j in (0..tokens).step_by(tokens.div_ceil(SAMPLES).max(1)) {
-        let mut finite = true;
-        k.row(b, h, j).for_each(|_, x| finite &= x.is_finite());
-        if finite {
-            k.row(b, h, j).for_each(|d, x| samples[d].push(x.to_real()));
+        if k.read(b, h, j, &mut key) {
+            samples.iter_mut().zip(&key).for_each(|(column, &x)| column.push(x));
         }
     }
     samples
@@ -136,20 +128,4 @@ fn reference_key<T: Element, C: Real>(k: View<T>, b: usize, h: usize) -> Vec<C> 
             column.get(column.len() / 2).copied().unwrap_or(C::ZERO)
         })
         .collect()
-}
-
-/// Reads one token; zeros and a mark when an entry is not finite.
-pub fn read_row<T: Element, C: Real>(
-    view: View<T>,
-    b: usize,
-    h: usize,
-    n: usize,
-    row: &mut [C],
-    bad: &mut bool,
-) {
-    view.row(b, h, n).for_each(|d, x| row[d] = x.to_real());
-    if row.iter().any(|x| !x.is_finite()) {
-        *bad = true;
-        row.fill(C::ZERO);
-    }
 }

@@ -132,18 +132,20 @@ impl<T: SimdReal, F: Finish<T>> WithSimd for Product<'_, T, F> {
 impl<T: SimdReal, F: Finish<T>> Product<'_, T, F> {
     #[inline(always)]
     fn panels<S: Simd, const N: usize>(&self, simd: S) {
-        let registers = self.size[1] / T::lanes::<S>();
-        let mut first = 0;
-        while first + N <= registers {
-            self.rows::<S, N>(simd, first * T::lanes::<S>());
-            first += N;
+        let width = T::lanes::<S>();
+        let mut col = 0;
+        // Few shapes of micro-kernel: each is compiled for every finish, type and instruction set.
+        while col + N * width <= self.size[1] {
+            self.rows::<S, N>(simd, col);
+            col += N * width;
         }
-        let col = first * T::lanes::<S>();
-        match registers - first {
-            3 => self.rows::<S, 3>(simd, col),
-            2 => self.rows::<S, 2>(simd, col),
-            1 => self.rows::<S, 1>(simd, col),
-            _ => {}
+        while N > 2 && col + 2 * width <= self.size[1] {
+            self.rows::<S, 2>(simd, col);
+            col += 2 * width;
+        }
+        while col < self.size[1] {
+            self.rows::<S, 1>(simd, col);
+            col += width;
         }
     }
 
@@ -157,13 +159,12 @@ impl<T: SimdReal, F: Finish<T>> Product<'_, T, F> {
                 self.kernel::<S, ROWS, N>(simd, row, col);
                 row += ROWS;
             }
-            match m - row {
-                5 => self.kernel::<S, 5, N>(simd, row, col),
-                4 => self.kernel::<S, 4, N>(simd, row, col),
-                3 => self.kernel::<S, 3, N>(simd, row, col),
-                2 => self.kernel::<S, 2, N>(simd, row, col),
-                1 => self.kernel::<S, 1, N>(simd, row, col),
-                _ => {}
+            while row + 2 <= m {
+                self.kernel::<S, 2, N>(simd, row, col);
+                row += 2;
+            }
+            if row < m {
+                self.kernel::<S, 1, N>(simd, row, col);
             }
         }
     }

@@ -103,10 +103,13 @@ impl Row {
             (0..view.shape()[3]).map(|d| view.at(b, h, n, d).to_real()).collect()
         };
         let q = read(&problem.q(), h, i);
-        let (bias_b, bias_h) = problem.bias_place(b, h);
+        let bias_at = |bias: View<T::Acc>, j| {
+            let (b, h) = a.bias_place(bias.shape(), b, h);
+            bias.at(b, h, j, 0).as_f64()
+        };
         let (mut places, mut k, mut v, mut logits) = (vec![], vec![], vec![], vec![]);
         for j in a.mask().visible(i, a.keys()).iter() {
-            let bias = problem.bias().map_or(0.0, |bias| bias.at(bias_b, bias_h, j, 0).as_f64());
+            let bias = problem.bias().map_or(0.0, |bias| bias_at(bias, j));
             if bias == f64::NEG_INFINITY {
                 continue; // Hidden: its weight is 0 whatever the key.
             }
@@ -159,7 +162,7 @@ impl Engine for Reference {
                     out: vec![0.0; dv],
                     lse: f64::NEG_INFINITY,
                     key_mean: vec![0.0; d],
-                    probe: vec![0.0; d],
+                    probe: row.probe.clone().unwrap_or_else(|| vec![0.0; d]),
                 }
             } else {
                 match self.form {
@@ -225,7 +228,7 @@ impl Engine for Reference {
                 add_scaled(&mut dk_sum[key * d..][..d], 1.0, &row_gradients.dk[n]);
                 add_scaled(&mut dv_sum[key * value_dim..][..value_dim], 1.0, &row_gradients.dv[n]);
                 if let Some((dbias, shape)) = &mut dbias {
-                    let (bias_b, bias_h) = problem.bias_place(b, h);
+                    let (bias_b, bias_h) = a.bias_place(*shape, b, h);
                     dbias[(bias_b * shape[1] + bias_h) * keys + j] += row_gradients.dlogits[n];
                 }
             }

@@ -284,8 +284,10 @@ fn high_precision_is_nearer_than_standard() {
                 .map(|name| relative_error(got.get(name).data(), want.get(name).data(), 0.0))
         };
         let (high, standard) = (error(Precision::High), error(Precision::Standard));
-        for (high, standard) in high.into_iter().zip(standard) {
-            assert!(high <= standard && high < 1e-7, "λ = {ridge}: high {high:e}, standard {standard:e}");
+        for (turn, (high, standard)) in high.into_iter().zip(standard).enumerate() {
+            // Results are rounded to f32; the gradients start from a state that was, too.
+            let limit = if turn == 0 { 1e-7 } else { 1e-6 };
+            assert!(high <= standard && high < limit, "λ = {ridge}: high {high:e}, standard {standard:e}");
         }
     }
 }

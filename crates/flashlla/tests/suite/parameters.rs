@@ -134,7 +134,7 @@ proptest! {
             let mut got = run_as(dtype, engine, &attention, &data);
             let dbias = got.dbias.take().unwrap();
             for (j, &hidden) in hidden.iter().enumerate() {
-                prop_assert!(!hidden || dbias.data()[j] == 0.0, "dbias of hidden key {j}: {}", dbias.data()[j]);
+                prop_assert!(!hidden || dbias.data()[j] == 0.0, "dbias of hidden key {j}: {}, {engine:?} {dtype:?}", dbias.data()[j]);
             }
             for (name, tensor) in [("dk", &got.dk), ("dv", &got.dv)] {
                 let x = tensor.shape()[3];
@@ -158,7 +158,7 @@ proptest! {
             let other_ridge = case.builder().ridge(case.ridge * 7.0).build().unwrap();
             for attention in [&attention, &other_ridge] {
                 let got = run_as(dtype, engine, attention, &given);
-                let tolerance = if dtype == Dtype::F64 { 1e-12 } else { 2e-6 };
+                let tolerance = if dtype == Dtype::F64 { 1e-12 } else { 3e-5 };
                 for (name, got, want) in [
                     ("out", &got.out, &solved.out),
                     ("lse", &got.lse, &solved.lse),

@@ -86,6 +86,8 @@ fn floor(name: &str, attention: &Attention, data: &Data, want: &Results) -> f64 
     let gamma = rms(&data.grad_out) * v;
     let (probe, y) = (rms(&want.probe) * d, gamma * k / smallest_ridge(attention));
     let scale = attention.scale().abs();
+    // a_j = 1 − (k_j − k̄)·x
+    let a = 1.0 + rms(&data.k) * probe;
     0.01 * rows
         * match name {
             "out" => v,
@@ -96,8 +98,8 @@ fn floor(name: &str, attention: &Attention, data: &Data, want: &Results) -> f64 
             "dk" => y + gamma * (scale * q + probe),
             "dv" => rms(&data.grad_out) * dv,
             "dridge" => probe * y / d,
-            "dscale" => gamma * q * rms(&data.k),
-            "dbias" => gamma,
+            "dscale" => gamma * a * q * rms(&data.k),
+            "dbias" => gamma * a,
             "dprobe" => gamma * k,
             _ => unreachable!("{name}"),
         }

@@ -8,7 +8,7 @@ use flashlla::{
 };
 
 /// Any engine, so that tests can go through a list of them.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub enum AnyEngine {
     Reference(Reference),
     Cpu(Cpu),
@@ -53,6 +53,16 @@ impl AnyEngine {
 
     pub fn is_uncentred(&self) -> bool {
         matches!(self, Self::Reference(Reference { form: Form::Uncentred { .. } }))
+    }
+}
+
+impl std::fmt::Debug for AnyEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Cpu(_) => "Cpu",
+            Self::Reference(_) if self.is_uncentred() => "Reference (uncentred)",
+            Self::Reference(_) => "Reference",
+        })
     }
 }
 

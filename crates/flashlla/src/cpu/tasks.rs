@@ -1,0 +1,245 @@
+//! The tasks of a call, and how their results come together.
+
+use super::block::Buffers;
+use super::pack::{Bad, Head};
+use super::rows::{Inputs, ReadRows, WriteRows};
+use super::{BLOCK, TILE, backward, forward, solve};
+use crate::{Attention, Diagnostics, OtherGradients, Real, State, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::Mutex;
+
+/// Where a block of query rows stands.
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub batch: usize,
+    pub head: usize,
+    pub rows: Range<usize>,
+}
+
+/// Every block, in the order of the outputs.
+fn places(a: &Attention) -> Vec<Place> {
+    let mut places = vec![];
+    for batch in 0..a.batch() {
+        for head in 0..a.heads() {
+            for first in (0..a.queries()).step_by(BLOCK) {
+                places.push(Place { batch, head, rows: first..(first + BLOCK).min(a.queries()) });
+            }
+        }
+    }
+    places
+}
+
+/// Buffers are kept from block to block: one set per thread that is at work.
+struct Pool<C>(Mutex<Vec<Buffers<C>>>);
+
+impl<C: Real> Pool<C> {
+    fn new() -> Self {
+        Self(Mutex::new(vec![]))
+    }
+
+    fn with<R>(&self, work: impl FnOnce(&mut Buffers<C>) -> R) -> R {
+        let lock = || self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut buffers = lock().pop().unwrap_or_default();
+        let result = work(&mut buffers);
+        lock().push(buffers);
+        result
+    }
+}
+
+/// A problem's keys, values and bias, laid out for the blocks.
+struct Prepared<C> {
+    /// By batch and KV head.
+    heads: Vec<Head<C>>,
+    /// By the bias's batch and head, and KV head: the bias of every key, padded to whole tiles, and the bad keys.
+    bias: Vec<(Vec<C>, Bad)>,
+}
+
+impl<C: Real> Prepared<C> {
+    fn new(inputs: &Inputs<C>, backward: bool) -> Self {
+        let a = inputs.attention;
+        let heads: Vec<Head<C>> = (0..a.batch() * a.kv_heads())
+            .into_par_iter()
+            .map(|n| Head::new(inputs, n / a.kv_heads(), n % a.kv_heads(), backward))
+            .collect();
+        let bias = match inputs.bias {
+            None => vec![],
+            Some(bias) => (0..a.batch() * a.heads())
+                .into_par_iter()
+                .map(|n| {
+                    let (b, h) = (n / a.heads(), n % a.heads());
+                    let k = &heads[b * a.kv_heads() + h / a.group()].k;
+                    let (bias_b, bias_h) = a.bias_place(bias.shape(), b, h);
+                    let mut values = vec![C::ZERO; a.keys().next_multiple_of(TILE)];
+                    let bad = Bad::new((0..a.keys()).map(|j| {
+                        let value: C = bias.entry(bias_b, bias_h, j, 0);
+                        // A key hidden by its bias is not seen, whatever it holds.
+                        let hidden = value == C::NEG_INFINITY;
+                        let finite = value.is_finite();
+                        values[j] = if finite || hidden { value } else { C::ZERO };
+                        !hidden && (!finite || k.bad.at(j))
+                    }));
+                    (values, bad)
+                })
+                .collect(),
+        };
+        Self { heads, bias }
+    }
+
+    fn head(&self, a: &Attention, place: &Place) -> &Head<C> {
+        &self.heads[place.batch * a.kv_heads() + place.head / a.group()]
+    }
+
+    fn bias(&self, a: &Attention, batch: usize, head: usize) -> Option<(&[C], &Bad)> {
+        self.bias.get(batch * a.heads() + head).map(|(values, bad)| (values.as_slice(), bad))
+    }
+}
+
+/// All blocks of a forward. `out` is written; the rest comes back.
+pub fn forward<C: Real>(arch: pulp::Arch, inputs: &Inputs<C>, out: &dyn WriteRows<C>) -> State<C> {
+    let a = inputs.attention;
+    let prepared = Prepared::new(inputs, false);
+    let rows = [a.batch(), a.heads(), a.queries()];
+    let mut lse = Tensor::<C>::zeros(&[rows[0], rows[1], rows[2], 1]);
+    let (mut key_mean, mut probe) = (Tensor::zeros(&a.query_shape()), Tensor::zeros(&a.query_shape()));
+    let (lse_view, mean_view, probe_view) = (lse.view_mut(), key_mean.view_mut(), probe.view_mut());
+    let pool = Pool::new();
+    let solved: Vec<_> = places(a)
+        .par_iter()
+        .with_max_len(1)
+        .map(|place| {
+            let (head, bias) = (prepared.head(a, place), prepared.bias(a, place.batch, place.head));
+            let block = pool.with(|buffers| forward::forward(arch, inputs, head, bias, place, buffers));
+            let [out_width, width] = block.widths;
+            for (row, i) in place.rows.clone().enumerate() {
+                let (b, h) = (place.batch, place.head);
+                // SAFETY: every query row belongs to one block, and every block to one task.
+                unsafe {
+                    out.write(b, h, i, &block.out[row * out_width..][..a.value_dim()]);
+                    lse_view.write_row(b, h, i, &block.lse[row..=row]);
+                    mean_view.write_row(b, h, i, &block.key_mean[row * width..][..a.head_dim()]);
+                    probe_view.write_row(b, h, i, &block.probe[row * width..][..a.head_dim()]);
+                }
+            }
+            (block.solved, block.flop)
+        })
+        .collect();
+    State { lse: Tensor::new(lse.into_vec(), &rows), key_mean, probe, diagnostics: gathered(solved) }
+}
+
+/// All blocks and tiles of a backward. `dq`, `dk` and `dv` are written; the rest comes back.
+pub fn backward<C: Real>(
+    arch: pulp::Arch,
+    inputs: &Inputs<C>,
+    probe: &dyn ReadRows<C>,
+    grad_out: &dyn ReadRows<C>,
+    [dq, dk, dv]: [&dyn WriteRows<C>; 3],
+) -> OtherGradients<C> {
+    let a = inputs.attention;
+    let prepared = Prepared::new(inputs, true);
+    let pool = Pool::new();
+    let call = backward::Call { arch, inputs, probe, grad_out };
+    let blocks: Vec<backward::BlockBackward<C>> = places(a)
+        .par_iter()
+        .with_max_len(1)
+        .map(|place| {
+            let (head, bias) = (prepared.head(a, place), prepared.bias(a, place.batch, place.head));
+            let mut block = pool.with(|buffers| backward::rows(&call, head, bias, place, buffers));
+            for (row, i) in place.rows.clone().enumerate() {
+                // SAFETY: every query row belongs to one block, and every block to one task.
+                unsafe {
+                    dq.write(place.batch, place.head, i, &block.dq[row * block.width..][..a.head_dim()])
+                };
+            }
+            block.dq = vec![]; // Blocks stay until the second pass is done; this is done with.
+            block
+        })
+        .collect();
+
+    // The blocks of each batch and query head, one after another.
+    let per_head = a.queries().div_ceil(BLOCK);
+    let tiles = a.keys().div_ceil(TILE);
+    let mut flop: u64 = blocks.iter().map(|block| block.flop).sum();
+    let key_heads: Vec<usize> = (0..a.batch() * a.kv_heads()).collect();
+    // The blocks that see a KV head, by query head: consecutive, since query heads of a group are.
+    let seeing = |n: usize| &blocks[n * a.group() * per_head..][..a.group() * per_head];
+    let spoilt: Vec<[Vec<bool>; 2]> =
+        key_heads.par_iter().map(|&n| backward::spoilt(a.keys(), seeing(n).iter())).collect();
+    let tile_results: Vec<(Vec<Vec<C>>, u64)> = (0..key_heads.len() * tiles)
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|task| {
+            let (n, t) = (task / tiles, task % tiles);
+            let (b, h) = (n / a.kv_heads(), n % a.kv_heads());
+            let head = &prepared.heads[n];
+            let group = h * a.group()..(h + 1) * a.group();
+            let biases: Vec<_> = group.map(|h| prepared.bias(a, b, h).map(|(bias, _)| bias)).collect();
+            let by_head: Vec<_> = seeing(n).chunks(per_head.max(1)).collect();
+            let mut tile = pool.with(|buffers| backward::keys(arch, head, &biases, &by_head, t, buffers));
+            let (width, value_width) = (tile.dk.len() / TILE, tile.dv.len() / TILE);
+            for j in t * TILE..((t + 1) * TILE).min(a.keys()) {
+                let dk_row = &mut tile.dk[(j % TILE) * width..][..a.head_dim()];
+                let dv_row = &mut tile.dv[(j % TILE) * value_width..][..a.value_dim()];
+                if spoilt[n][0][j] {
+                    dk_row.fill(C::NAN);
+                    tile.dbias.iter_mut().for_each(|dbias| dbias[j % TILE] = C::NAN);
+                }
+                if spoilt[n][1][j] {
+                    dv_row.fill(C::NAN);
+                }
+                // SAFETY: every key belongs to one tile, and every tile to one task.
+                unsafe {
+                    dk.write(b, h, j, dk_row);
+                    dv.write(b, h, j, dv_row);
+                }
+            }
+            (tile.dbias, tile.flop)
+        })
+        .collect();
+
+    // Sums over rows and heads, in order.
+    let mut dridge = vec![C::ZERO; a.ridge().values().len()];
+    let mut dscale = C::ZERO;
+    for block in &blocks {
+        dscale += block.dscale;
+        for (row, i) in block.place.rows.clone().enumerate() {
+            dridge[a.ridge().index(block.place.batch, block.place.head, i)] += block.dridge[row];
+        }
+    }
+    let dbias = inputs.bias.map(|bias| {
+        let shape = bias.shape();
+        let mut sum = vec![C::ZERO; shape.iter().product()];
+        for (task, (tile, _)) in tile_results.iter().enumerate() {
+            let (n, t) = (task / tiles, task % tiles);
+            for (in_group, dbias) in tile.iter().enumerate() {
+                let (b, h) = a.bias_place(shape, n / a.kv_heads(), n % a.kv_heads() * a.group() + in_group);
+                for j in t * TILE..((t + 1) * TILE).min(a.keys()) {
+                    sum[(b * shape[1] + h) * a.keys() + j] += dbias[j % TILE];
+                }
+            }
+        }
+        Tensor::new(sum, &shape)
+    });
+    let dprobe = inputs.probe.map(|_| {
+        let rows = |block: &backward::BlockBackward<C>| {
+            let rows = block.dprobe.chunks_exact(block.width).map(|row| row[..a.head_dim()].to_vec());
+            rows.flatten().collect::<Vec<C>>()
+        };
+        Tensor::new(blocks.iter().flat_map(rows).collect(), &a.query_shape())
+    });
+    flop += tile_results.iter().map(|(_, flop)| flop).sum::<u64>();
+    let mut diagnostics = gathered(blocks.into_iter().map(|block| (block.solved, 0)).collect());
+    diagnostics.flop = flop;
+    OtherGradients { dridge: Tensor::new(dridge, a.ridge().shape()), dscale, dbias, dprobe, diagnostics }
+}
+
+fn gathered(solved: Vec<(solve::Solved, u64)>) -> Diagnostics {
+    let mut all = Diagnostics::default();
+    for (block, flop) in solved {
+        all.iterations.extend(block.iterations);
+        all.residual.extend(block.residual);
+        all.direct += block.direct;
+        all.flop += flop;
+    }
+    all
+}
