@@ -181,9 +181,8 @@ impl Options {
 
 /// Every candidate's errors on one head, and what each mechanism achieves when it chooses on one half.
 fn evaluate(head: &mut Head, bandwidths: &[f64], ridges: &[f64], seeds: &[u64]) -> Result<[Outcome; 3]> {
-    let degenerate = |what: &str| {
-        Error::failed(format!("{}, head {}: all {what} are the same", head.source, head.head))
-    };
+    let degenerate =
+        |what: &str| Error::failed(format!("{}, head {}: all {what} are the same", head.source, head.head));
     let centre = |rows: &[f64], width: usize| -> Vec<f64> {
         let means = column_means(rows, width);
         rows.iter().zip(means.iter().cycle()).map(|(x, m)| x - m).collect()

@@ -82,7 +82,11 @@ impl Experiment {
             document["seconds"] = seconds.into();
             stdout::json(&document)
         } else {
-            stdout::line(format_args!("{}\nResults in {} ({seconds:.0} s)", report.to_terminal(), out.display()))
+            stdout::line(format_args!(
+                "{}\nResults in {} ({seconds:.0} s)",
+                report.to_terminal(),
+                out.display()
+            ))
         }
     }
 

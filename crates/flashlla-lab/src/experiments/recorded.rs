@@ -22,7 +22,11 @@ pub struct Head {
 
 /// The heads that come with the program.
 pub fn shipped(max_tokens: usize) -> Result<Vec<Head>> {
-    heads(TensorFile::new(Cursor::new(SHIPPED), "the data that comes with the program")?, "MiniLM", max_tokens)
+    heads(
+        TensorFile::new(Cursor::new(SHIPPED), "the data that comes with the program")?,
+        "MiniLM",
+        max_tokens,
+    )
 }
 
 /// All heads of a file with `k [B, H, N, D]` and `v [B, H, N, DV]`.

@@ -8,8 +8,8 @@ use super::{
 };
 use crate::engine::{check_gradients, check_out};
 use crate::{
-    Diagnostics, Element, Engine, Gradients, OtherGradients, Precision, Problem, Real, Result, Solver, State,
-    Tensor, View, ViewMut,
+    Attention, Diagnostics, Element, Engine, Gradients, OtherGradients, Precision, Problem, Real, Result,
+    Solver, State, Tensor, View, ViewMut,
 };
 use half::{bf16, f16};
 use std::borrow::Cow;
@@ -315,6 +315,16 @@ impl<'a, T: Element> Inputs<'a, T> {
     }
 }
 
+/// Floating-point operations of a pass's matrix products over the pairs that the mask leaves: `fixed` numbers of the
+/// products' common side for every pair, and `step` more for every step of the solve.
+fn flop(a: &Attention, iterations: &[u32], fixed: usize, step: usize) -> u64 {
+    let pairs: Vec<u64> = (0..a.queries()).map(|i| a.mask().visible(i, a.keys()).count() as u64).collect();
+    let row = |(row, &steps): (usize, &u32)| {
+        2 * pairs[row % pairs.len()] * (fixed as u64 + u64::from(steps) * step as u64)
+    };
+    iterations.iter().enumerate().map(row).sum()
+}
+
 /// Whether a query stopped short of the tolerance.
 fn unconverged(diagnostics: &Diagnostics, tolerance: f64) -> bool {
     diagnostics.residual.iter().any(|&r| f64::from(r) > 1.001 * tolerance)
@@ -356,9 +366,12 @@ impl Cuda {
         }
         lock(&self.inner.streams).push(stream);
 
+        let (d, dv) = (a.head_dim(), a.value_dim());
+        // Weights: qk, pk. A step: qk, dk, wk. Outputs: qk, xk, wv.
+        state.diagnostics.flop = flop(a, &state.diagnostics.iterations, 4 * d + dv, 3 * d);
+
         // Rows that see nothing are blank; rows that see something that is not finite are not numbers.
         let spoilt = inputs.spoilt();
-        let (d, dv) = (a.head_dim(), a.value_dim());
         let blind: Vec<bool> = rows(a).map(|(_, _, i)| a.mask().visible(i, a.keys()).count() == 0).collect();
         let bad = rows(a).map(|(b, h, i)| spoilt.at(a, b, h, i) != [false, false]);
         fill_rows(&mut out, dv, bad, O::from_real(f32::NAN));
@@ -448,6 +461,9 @@ impl Engine for Cuda {
 
         let other = &mut gradients.other;
         let (d, value_dim) = (a.head_dim(), a.value_dim());
+        // c: qk, gv, wk. A step: 3 D. By query: qk, gv, xk, yk, wk. By key: qk, gv, xk, yk, three of dk, dv.
+        let (steps, fixed) = (&other.diagnostics.iterations, 13 * d + 4 * value_dim);
+        other.diagnostics.flop = flop(a, steps, fixed, 3 * d);
         let blind = || rows(a).map(|(_, _, i)| a.mask().visible(i, a.keys()).count() == 0);
         fill_rows(gradients.dq.data_mut(), d, blind(), 0.0);
         fill_rows(gradients.dq.data_mut(), d, spoilt.iter().copied(), f32::NAN);
