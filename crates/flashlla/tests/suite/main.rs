@@ -3,8 +3,6 @@
 //! Every property is held for every engine and storage type; `common` has the random problems and the comparisons.
 
 mod common;
-#[cfg(feature = "cuda")]
-mod cuda;
 mod empty;
 mod engines;
 mod errors;
