@@ -49,6 +49,9 @@
 //! # Ok::<(), flashlla::Error>(())
 //! ```
 //!
+//! [`Cpu`] runs anywhere. With the feature `cuda` there is an engine for NVIDIA GPUs, `Cuda`, with the same interface; it
+//! computes in fp16 and `f32` and refuses `f64`.
+//!
 //! # What holds everywhere
 //!
 //! - Tensors have the axes `[batch, head, token, dim]` and any strides ([`View`]); storage is `f64`, `f32`, [`bf16`] or

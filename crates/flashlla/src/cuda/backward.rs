@@ -278,6 +278,10 @@ impl BackwardPlan {
                 self.convert_f32.launch(of_state, base, queries, np, &xy, x_unit, stream)?;
                 let dq = aligned(&p.dq, a.head_dim(), self.bytes);
                 self.query.pick(dq).launch(grid(&self.query), &query, stream)?;
+            } else {
+                // The key pass multiplies its empty sums by units, which must be numbers.
+                fill(q_unit, 1f32.to_bits(), 2 * heads, stream)?;
+                fill(x_unit, 1f32.to_bits(), 2 * heads, stream)?;
             }
             if a.keys() > 0 {
                 let whole =

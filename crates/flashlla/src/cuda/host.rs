@@ -104,7 +104,7 @@ impl<'a, T: Element> Inputs<'a, T> {
             let mut values = Vec::with_capacity(b * heads * m);
             for batch in 0..b {
                 for head in 0..heads {
-                    let (batch, head) = problem.bias_place(batch, head);
+                    let (batch, head) = a.bias_place(view.shape(), batch, head);
                     values.extend((0..m).map(|j| view.at(batch, head, j, 0).to_real::<f32>()));
                 }
             }
@@ -274,7 +274,7 @@ impl<'a, T: Element> Inputs<'a, T> {
                 let mut sums = vec![0f64; shape.iter().product()];
                 for (at, x) in room.read::<f32>(memory, values)?.into_iter().enumerate() {
                     let (row, j) = (at / a.keys(), at % a.keys());
-                    let (b, h) = self.problem.bias_place(row / a.heads(), row % a.heads());
+                    let (b, h) = a.bias_place(shape, row / a.heads(), row % a.heads());
                     sums[(b * shape[1] + h) * a.keys() + j] += f64::from(x);
                 }
                 Some(Tensor::new(sums.into_iter().map(|x| x as f32).collect(), &shape))
@@ -485,7 +485,7 @@ impl Engine for Cuda {
                     let (head, j) = (at / a.keys(), at % a.keys());
                     for in_group in 0..a.group() {
                         let h = head % a.kv_heads() * a.group() + in_group;
-                        let (b, h) = problem.bias_place(head / a.kv_heads(), h);
+                        let (b, h) = a.bias_place(view.shape(), head / a.kv_heads(), h);
                         dbias.data_mut()[(b * view.shape()[1] + h) * a.keys() + j] = f32::NAN;
                     }
                 }
