@@ -1,5 +1,8 @@
 //! The command line: what `flashlla` can be asked to do.
 
+// Help texts show shapes and defaults in brackets, which are not links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use crate::attend::{self, AttendArgs};
 use crate::bench::{self, BenchArgs};
 use crate::experiments::Experiment;

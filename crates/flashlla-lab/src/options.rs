@@ -1,5 +1,8 @@
 //! Options that several commands share, and how they meet a file's metadata and the defaults.
 
+// Help texts show shapes and defaults in brackets, which are not links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use crate::{Error, Result};
 use clap::{Args, ValueEnum};
 use flashlla::{Mask, Precision, Solver};

@@ -1,12 +1,12 @@
 //! Every experiment, small, through the command line: the files it promises, the JSON document, and what it is there to show.
 
-use assert_cmd::Command;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 fn flashlla(args: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("flashlla").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_flashlla"));
     command.arg("experiment").args(args);
     command
 }

@@ -10,7 +10,7 @@ mod sealed {
     impl Sealed for half::f16 {}
 }
 
-/// A storage type: `f64`, `f32`, [`bf16`] or [`f16`].
+/// A storage type: `f64`, `f32`, [`bf16`] or [`struct@f16`].
 pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
     /// The type that sums are kept in: `f64` for `f64`, `f32` for the others.
     type Acc: Real;

@@ -55,7 +55,7 @@
 //! # What holds everywhere
 //!
 //! - Tensors have the axes `[batch, head, token, dim]` and any strides ([`View`]); storage is `f64`, `f32`, [`bf16`] or
-//!   [`f16`], sums are kept in `f64` for `f64` and in `f32` for the others.
+//!   [`struct@f16`], sums are kept in `f64` for `f64` and in `f32` for the others.
 //! - Everything wrong with a call is an [`Error`] before any output is touched.
 //! - A query that sees no key gives zeros, `lse = −∞` and zero gradients.
 //! - A query, key or value that is not finite makes the outputs of the queries that see it NaN, and no others, in bounded

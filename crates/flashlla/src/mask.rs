@@ -27,7 +27,7 @@ pub struct Mask {
 pub struct Visible {
     /// The first key seen.
     pub start: usize,
-    /// One past the last key seen; equal to `start` when none is.
+    /// One past the last key of the range; equal to `start` when it is empty.
     pub end: usize,
     /// A key inside the range that is not seen (the query's own position under leave-one-out).
     pub skip: Option<usize>,

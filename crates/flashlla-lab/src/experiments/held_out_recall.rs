@@ -12,8 +12,8 @@
 //! half, and the error on the other half is reported, both ways round for every seed. Predictions always use all other
 //! tokens. The error is the unexplained variance: the squared error over that of predicting the mean of the values.
 //!
-//! What came out: on both layers of all-MiniLM-L6-v2 that were tried, LLA is lowest in every head, whichever of the other
-//! two is second.
+//! What came out: on both layers of all-MiniLM-L6-v2 that were tried, with 512 tokens, LLA is lowest in all 24 heads,
+//! whichever of the other two is second. The same holds for the eight heads and 256 tokens that come with the program.
 
 use super::estimators::{Weights, column_means, row_errors, squared_norm};
 use super::recorded::{self, Head};

@@ -121,9 +121,13 @@ fn linear_ticks(low: f64, high: f64) -> Vec<f64> {
     (first..=last).map(|i| i as f64 * step).collect()
 }
 
-/// Powers of ten, with 2 and 5 times them where there are few.
+/// Powers of ten, with more between them the fewer there are.
 fn log_ticks(low: f64, high: f64) -> Vec<f64> {
-    let factors: &[f64] = if high - low < 2.2 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+    let factors: &[f64] = match high - low {
+        span if span < 0.9 => &[1.0, 1.5, 2.0, 3.0, 5.0, 7.0],
+        span if span < 2.2 => &[1.0, 2.0, 5.0],
+        _ => &[1.0],
+    };
     let decades = low.floor() as i32..=high.ceil() as i32;
     decades.flat_map(|e| factors.iter().map(move |f| f * 10f64.powi(e))).collect()
 }

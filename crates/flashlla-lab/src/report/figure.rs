@@ -220,7 +220,7 @@ impl Panel {
         let (y0, y1) = y.range;
         let mut builder = ChartBuilder::on(area);
         builder.margin_top(8).margin_right(36).margin_bottom(14).margin_left(14);
-        builder.x_label_area_size(100).y_label_area_size(140);
+        builder.x_label_area_size(84).y_label_area_size(122);
         if !self.title.is_empty() {
             builder.caption(&self.title, text(30, INK));
         }

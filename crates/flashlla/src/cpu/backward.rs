@@ -4,12 +4,12 @@
 //! tiles of keys and sums `dk` and `dv` over the queries that see them, in a fixed order, so that no two tasks write to one
 //! place. Four products per pair of tiles are computed in both: keeping them would take N × M numbers.
 
-use super::block::{Arith, Buffers, Scores, Weights, at_least, exponentiate, sees_bad};
+use super::block::{Arith, Bias, Buffers, Scores, Weights, at_least, bad_tokens, exponentiate};
 use super::forward::{ridges, scaled_queries};
-use super::pack::{Bad, Head};
+use super::pack::Head;
 use super::product::{Finish, Left, Plain, Right};
 use super::rows::{Inputs, ReadRows};
-use super::solve::{Solved, Systems, solve};
+use super::solve::{Solved, Systems, shifts, solve};
 use super::{LANES, Place, TILE, padded};
 use crate::{Real, Visible};
 use pulp::{Simd, WithSimd};
@@ -172,7 +172,7 @@ pub struct Call<'a, C> {
 pub fn rows<C: Real>(
     call: &Call<C>,
     head: &Head<C>,
-    bias: Option<(&[C], &Bad)>,
+    bias: Option<&Bias<C>>,
     place: &Place,
     buffers: &mut Buffers<C>,
 ) -> BlockBackward<C> {
@@ -195,7 +195,8 @@ pub fn rows<C: Real>(
         bad_x[row] = !call.probe.read(b, h, i, &mut x[row * width..][..width]);
     }
 
-    let scores = Scores { head, bias: bias.map(|b| b.0), q: &q, width, visible: &visible };
+    let scores =
+        Scores { head, bias: bias.map(|bias| bias.values.as_slice()), q: &q, width, visible: &visible };
     let mut key_mean = vec![];
     let mut weights = Weights::new(arith, scores, cache, &mut key_mean);
     let tiles = weights.tiles.clone();
@@ -240,10 +241,11 @@ pub fn rows<C: Real>(
         let left = Left { data: w, row: TILE, col: 1 };
         arith.add_product([n, width, TILE], left, Right { data: head.k.tile(t), row: width }, &mut c);
     }
-    for row in 0..n {
-        let at = row * width..(row + 1) * width;
-        let inv = weights.inv_sum[row];
-        arith.combine(&mut c[at.clone()], inv, -(sum[row] * inv), &key_mean[at]);
+    let means = key_mean.chunks_exact(width);
+    for ((c, mean), (sum, &inv)) in
+        c.chunks_exact_mut(width).zip(means).zip(sum.into_iter().zip(&weights.inv_sum))
+    {
+        arith.combine(c, inv, -(sum * inv), mean);
     }
 
     // A y = c; what is left of c is the residual. A given probe has y = 0.
@@ -258,18 +260,21 @@ pub fn rows<C: Real>(
         solve(arith, &mut weights, &systems, &mut residual, &mut y, tile)
     };
 
+    let [bad_k, bad_v] = bad_tokens(head, bias);
+    let kx_mean = shifts(arith, &mut weights, &key_mean, &x, tile);
+    let ky_mean = shifts(arith, &mut weights, &key_mean, &y, tile);
     let mut dridge = vec![C::ZERO; n];
     let mut numbers = Vec::with_capacity(n);
     for row in 0..n {
         let at = row * width..(row + 1) * width;
-        let (mean, x_row, y_row) = (&key_mean[at.clone()], &mut x[at.clone()], &mut y[at.clone()]);
+        let (x_row, y_row) = (&mut x[at.clone()], &mut y[at.clone()]);
         // m = Σ p_j e_j a_j = −x·(c − C y), and c − C y = λ y + residual
         let xy = arith.dot(x_row, y_row);
         let mut row_numbers = RowNumbers {
             max: weights.max[row],
             inv_sum: weights.inv_sum[row],
-            one_plus_kx: C::ONE + arith.dot(mean, x_row),
-            shift_e: arith.dot(mean, y_row) - gamma_mean[row],
+            one_plus_kx: C::ONE + kx_mean[row],
+            shift_e: ky_mean[row] - gamma_mean[row],
             m: -(ridge[row] * xy + arith.dot(x_row, &residual[at.clone()])),
             spoils: [false, false],
         };
@@ -284,12 +289,8 @@ pub fn rows<C: Real>(
                 .chain(&*x_row)
                 .chain(&*y_row)
                 .all(|x| x.is_finite());
-            let spoilt = !finite
-                || bad_q[row]
-                || bad_g[row]
-                || bad_x[row]
-                || sees_bad(&head.k.bad, bias.map(|b| b.1), &visible[row]);
-            row_numbers.spoils = [spoilt || head.v.bad.seen(&visible[row]), spoilt];
+            let spoilt = !finite || bad_q[row] || bad_g[row] || bad_x[row] || bad_k.seen(&visible[row]);
+            row_numbers.spoils = [spoilt || bad_v.seen(&visible[row]), spoilt];
             if spoilt {
                 // Out of every product: a weight of 0 does not keep a NaN out.
                 row_numbers.max = C::NEG_INFINITY;
@@ -385,7 +386,7 @@ pub struct TileBackward<C> {
 pub fn keys<C: Real>(
     arch: pulp::Arch,
     head: &Head<C>,
-    biases: &[Option<&[C]>],
+    biases: &[Option<&Bias<C>>],
     blocks: &[&[BlockBackward<C>]],
     t: usize,
     buffers: &mut Buffers<C>,
@@ -406,7 +407,8 @@ pub fn keys<C: Real>(
             let n = block.place.rows.len();
             let [p, gamma, kx, ky] =
                 [&mut *p, &mut *gamma, &mut *kx, &mut *ky].map(|tile| at_least(tile, n * TILE));
-            let scores = Scores { head, bias, q: &block.q, width, visible: &block.visible };
+            let values = bias.map(|bias| bias.values.as_slice());
+            let scores = Scores { head, bias: values, q: &block.q, width, visible: &block.visible };
             scores.compute(arith, t, p);
             for (row, numbers) in p.chunks_exact_mut(TILE).zip(&block.rows) {
                 exponentiate(arith, row, &[numbers.max], |_, _| ());
@@ -450,32 +452,26 @@ pub fn keys<C: Real>(
     done
 }
 
-/// For every key: whether its own gradient and that of its value are NaN, because a query that sees it is not finite.
-pub fn spoilt<'a, C: Real>(
-    keys: usize,
-    blocks: impl Iterator<Item = &'a BlockBackward<C>>,
-) -> [Vec<bool>; 2] {
-    let mut counts = [vec![0i64; keys + 1], vec![0i64; keys + 1]];
-    let mut skipped = [vec![0i64; keys + 1], vec![0i64; keys + 1]];
-    for block in blocks {
-        for (numbers, visible) in block.rows.iter().zip(&block.visible) {
-            for which in 0..2 {
-                if numbers.spoils[which] {
-                    counts[which][visible.start] += 1;
-                    counts[which][visible.end] -= 1;
-                    if let Some(own) = visible.skip {
-                        skipped[which][own] += 1;
-                    }
+/// For every key: whether its own gradient and that of its value are NaN, because a query of one head that sees it is not
+/// finite. A key hidden by its bias is not seen.
+pub fn spoilt<C: Real>(keys: usize, hidden: Option<&[bool]>, blocks: &[BlockBackward<C>]) -> [Vec<bool>; 2] {
+    [0, 1].map(|which| {
+        let mut counts = vec![0i64; keys + 1];
+        let mut skipped = vec![0i64; keys + 1];
+        for block in blocks {
+            for (_, visible) in block.rows.iter().zip(&block.visible).filter(|(row, _)| row.spoils[which]) {
+                counts[visible.start] += 1;
+                counts[visible.end] -= 1;
+                if let Some(own) = visible.skip {
+                    skipped[own] += 1;
                 }
             }
         }
-    }
-    [0, 1].map(|which| {
         let mut seen_by = 0;
         (0..keys)
             .map(|j| {
-                seen_by += counts[which][j];
-                seen_by > skipped[which][j]
+                seen_by += counts[j];
+                seen_by > skipped[j] && !hidden.is_some_and(|hidden| hidden[j])
             })
             .collect()
     })

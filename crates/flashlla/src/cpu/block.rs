@@ -234,10 +234,20 @@ pub fn exponentiate<C: Real>(arith: &Arith, tile: &mut [C], max: &[C], mut sum: 
     }
 }
 
-/// Whether a query sees a bad key or bias.
-pub fn sees_bad(bad_k: &Bad, bad_bias: Option<&Bad>, visible: &Visible) -> bool {
-    match bad_bias {
-        Some(bad) => bad.seen(visible), // counts keys too, and knows which of them a bias hides
-        None => bad_k.seen(visible),
+/// The bias of one query head's keys.
+pub struct Bias<C> {
+    /// One per key, padded to whole tiles.
+    pub values: Vec<C>,
+    /// Keys that a bias of minus infinity hides.
+    pub hidden: Vec<bool>,
+    /// Bad keys or biases, and bad values, that are not hidden.
+    pub bad: [Bad; 2],
+}
+
+/// Bad keys and bad values as a query head sees them.
+pub fn bad_tokens<'a, C>(head: &'a Head<C>, bias: Option<&'a Bias<C>>) -> [&'a Bad; 2] {
+    match bias {
+        Some(bias) => [&bias.bad[0], &bias.bad[1]],
+        None => [&head.k.bad, &head.v.bad],
     }
 }

@@ -1,11 +1,11 @@
 //! The forward of one block of query rows.
 
-use super::block::{Arith, Buffers, Scores, Weights, at_least, sees_bad};
-use super::pack::{Bad, Head};
+use super::block::{Arith, Bias, Buffers, Scores, Weights, at_least, bad_tokens};
+use super::pack::Head;
 use super::product::{Finish, Left, Right};
 use super::rows::Inputs;
 use super::simd::SimdReal;
-use super::solve::{Solved, Systems, solve};
+use super::solve::{Solved, Systems, shifts, solve};
 use super::{Place, TILE};
 use crate::{Attention, Real, Visible};
 use pulp::Simd;
@@ -78,7 +78,7 @@ pub fn forward<C: Real>(
     arch: pulp::Arch,
     inputs: &Inputs<C>,
     head: &Head<C>,
-    bias: Option<(&[C], &Bad)>,
+    bias: Option<&Bias<C>>,
     place: &Place,
     buffers: &mut Buffers<C>,
 ) -> BlockForward<C> {
@@ -91,7 +91,7 @@ pub fn forward<C: Real>(
     let [tile, ..] = tile;
 
     let bad_q = scaled_queries(inputs, place, width, q);
-    let scores = Scores { head, bias: bias.map(|b| b.0), q, width, visible: &visible };
+    let scores = Scores { head, bias: bias.map(|bias| bias.values.as_slice()), q, width, visible: &visible };
     let mut key_mean = vec![];
     let mut weights = Weights::new(&arith, scores, cache, &mut key_mean);
 
@@ -122,11 +122,8 @@ pub fn forward<C: Real>(
     // out = Σ p_j (1 − (k_j − k̄)·x) v_j
     let out_width = head.v.width;
     let mut out = vec![C::ZERO; rows * out_width];
-    let shift: Vec<C> = x
-        .chunks_exact(width)
-        .zip(key_mean.chunks_exact(width))
-        .map(|(x, k)| C::ONE + arith.dot(x, k))
-        .collect();
+    let mut shift = shifts(&arith, &mut weights, &key_mean, &x, tile);
+    shift.iter_mut().for_each(|shift| *shift += C::ONE);
     let products = at_least(tile, rows * TILE);
     for t in weights.tiles.clone() {
         let p = weights.tile(&arith, t);
@@ -143,12 +140,13 @@ pub fn forward<C: Real>(
     }
 
     // Back to the caller's coordinates.
+    let [bad_k, bad_v] = bad_tokens(head, bias);
     let mut lse = vec![C::NEG_INFINITY; rows];
     for row in 0..rows {
         let at = row * width..(row + 1) * width;
         let (out, mean) = (&mut out[row * out_width..][..out_width], &mut key_mean[at.clone()]);
         let inv = weights.inv_sum[row];
-        if bad_q[row] || sees_bad(&head.k.bad, bias.map(|b| b.1), &visible[row]) {
+        if bad_q[row] || bad_k.seen(&visible[row]) {
             if visible[row].count() > 0 {
                 lse[row] = C::NAN;
                 for values in [out, mean, &mut x[at]] {
@@ -164,7 +162,7 @@ pub fn forward<C: Real>(
             continue;
         }
         out.iter_mut().for_each(|x| *x *= inv);
-        if head.v.bad.seen(&visible[row]) || bad_x[row] {
+        if bad_v.seen(&visible[row]) || bad_x[row] {
             out.fill(C::NAN);
         }
         if bad_x[row] {

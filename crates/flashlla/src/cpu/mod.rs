@@ -3,7 +3,7 @@
 //! A block of query rows against one head is one task; tasks run on rayon's threads. Inside a task everything is products of
 //! small tiles (`product.rs`) on keys and values that were laid out for them once (`pack.rs`), with row operations in between
 //! (`rowwise.rs`). A block's softmax weights are kept while its solve runs (they are a block's rows × keys, not N × M) unless
-//! they outgrow [`CACHED_WEIGHTS`]; then they are recomputed from `q·k` in every pass. Each block ends its conjugate gradients
+//! they outgrow `CACHED_WEIGHTS`; then they are recomputed from `q·k` in every pass. Each block ends its conjugate gradients
 //! when all its rows have converged, and rows that are done leave the products.
 //!
 //! Every number is computed by one task in one order, whichever thread runs it: results do not depend on the thread count.

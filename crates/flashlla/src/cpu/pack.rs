@@ -51,6 +51,8 @@ pub struct Packed<C> {
     /// Tile `t` transposed is `transposed[t · dim · TILE..]`, element `(d, j)` at `d · TILE + j`.
     pub transposed: Vec<C>,
     pub dim: usize,
+    /// The largest norm of a row.
+    pub longest: C,
     pub bad: Bad,
 }
 
@@ -62,11 +64,16 @@ impl<C: Real> Packed<C> {
         let mut rows = vec![C::ZERO; if by_row { tiles * TILE * width } else { 0 }];
         let mut transposed = vec![C::ZERO; if by_column { tiles * dim * TILE } else { 0 }];
         let mut token = vec![C::ZERO; dim];
+        let mut longest = C::ZERO;
         let bad = Bad::new((0..tokens).map(|j| {
             let bad = !view.read(b, h, j, &mut token);
             if !bad {
                 for (x, &o) in token.iter_mut().zip(origin) {
                     *x -= o;
+                }
+                let norm = token.iter().map(|&x| x * x).sum::<C>().root();
+                if norm > longest {
+                    longest = norm;
                 }
                 if by_row {
                     rows[j * width..][..dim].copy_from_slice(&token);
@@ -78,7 +85,7 @@ impl<C: Real> Packed<C> {
             }
             bad
         }));
-        Self { rows, width, transposed, dim, bad }
+        Self { rows, width, transposed, dim, longest, bad }
     }
 
     /// The rows of tile `t`.

@@ -110,6 +110,42 @@ pub fn apply<C: Real>(
     }
 }
 
+/// `k̄·x` of every row, for `α_j = k_j·x − k̄·x`.
+///
+/// Where `x` is large that difference loses digits: `k̄·x` and the `k_j·x` are rounded each in its own way. Then `k̄·x` is taken
+/// as `Σ p_j (k_j·x)`, over the very products that it will be subtracted from, so that `Σ p_j α_j = 0` holds again; a query
+/// that sees one key, or weighs one alone, gets that key's value to the last digit.
+pub fn shifts<C: Real>(
+    arith: &Arith,
+    weights: &mut Weights<C>,
+    key_mean: &[C],
+    x: &[C],
+    tile: &mut Vec<C>,
+) -> Vec<C> {
+    let head = weights.scores.head;
+    let (n, width, dim) = (weights.rows(), head.k.width, head.k.dim);
+    let rows = || x.chunks_exact(width).zip(key_mean.chunks_exact(width));
+    let mut shift: Vec<C> = rows().map(|(x, mean)| arith.dot(x, mean)).collect();
+    // Rounding errors of a product are about ε |x| |k|.
+    let large = C::of_f64(16.0) / head.k.longest;
+    if rows().all(|(x, _)| arith.dot(x, x) <= large * large) {
+        return shift;
+    }
+    let mut sum = vec![C::ZERO; n];
+    let all: Vec<usize> = (0..n).collect();
+    let products = at_least(tile, n * TILE);
+    for t in weights.tiles.clone() {
+        let p = weights.tile(arith, t);
+        let finish = CovarianceWeights { p, rows: &all, shift: &shift, sum: sum.as_mut_ptr() };
+        let right = Right { data: head.k.tile_transposed(t), row: TILE };
+        arith.product([n, TILE, dim], Left { data: x, row: width, col: 1 }, right, products, finish);
+    }
+    for ((shift, sum), &inv) in shift.iter_mut().zip(sum).zip(&weights.inv_sum) {
+        *shift += sum * inv;
+    }
+    shift
+}
+
 fn row_of<C>(rows: &[C], row: usize, width: usize) -> &[C] {
     &rows[row * width..][..width]
 }
@@ -125,6 +161,7 @@ pub fn solve<C: Real>(
 ) -> Solved {
     let (rows, width) = (weights.rows(), weights.scores.head.k.width);
     x.fill(C::ZERO);
+    let scales = normalise(residual, width);
     let mut solved = Solved { iterations: vec![0; rows], residual: vec![0.0; rows], direct: 0 };
     let norms: Vec<C> = residual.chunks_exact(width).map(|r| arith.dot(r, r)).collect();
     // A row that sees nothing has nothing to solve; one with a NaN has nothing to find.
@@ -158,7 +195,32 @@ pub fn solve<C: Real>(
             (Solver::default_tolerance(size_of::<C>() == 8), 4 * weights.scores.head.k.dim);
         run.conjugate_gradients(arith, weights, systems, failed, tolerance, limit, false, tile);
     }
+    for (row, &scale) in scales.iter().enumerate().filter(|(_, scale)| **scale != C::ONE) {
+        for values in [&mut *residual, &mut *x] {
+            values[row * width..][..width].iter_mut().for_each(|value| *value *= scale);
+        }
+    }
     solved
+}
+
+/// Brings right-hand sides whose squares would leave the range of the arithmetic near 1, by powers of two; returns the factors
+/// that undo it.
+fn normalise<C: Real>(rhs: &mut [C], width: usize) -> Vec<C> {
+    let (low, high) = (1e-12, 1e12);
+    rhs.chunks_exact_mut(width)
+        .map(|row| {
+            let largest = row.iter().fold(0.0, |largest: f64, x| largest.max(x.as_f64().abs()));
+            if largest == 0.0 || !largest.is_finite() || (low..high).contains(&largest) {
+                return C::ONE;
+            }
+            let exponent = largest.log2().round() as i32;
+            // In two steps: the inverse of the smallest numbers is beyond the largest.
+            let half = C::of_f64(2f64.powi(-exponent / 2));
+            let rest = C::of_f64(2f64.powi(-exponent + exponent / 2));
+            row.iter_mut().for_each(|x| *x = *x * half * rest);
+            C::of_f64(2f64.powi(exponent))
+        })
+        .collect()
 }
 
 /// A relative residual from two squared norms. The recurrence can fall below what `x` itself resolves; the report does not.

@@ -1,6 +1,6 @@
 //! The tasks of a call, and how their results come together.
 
-use super::block::Buffers;
+use super::block::{Bias, Buffers};
 use super::pack::{Bad, Head};
 use super::rows::{Inputs, ReadRows, WriteRows};
 use super::{BLOCK, TILE, backward, forward, solve};
@@ -51,8 +51,8 @@ impl<C: Real> Pool<C> {
 struct Prepared<C> {
     /// By batch and KV head.
     heads: Vec<Head<C>>,
-    /// By the bias's batch and head, and KV head: the bias of every key, padded to whole tiles, and the bad keys.
-    bias: Vec<(Vec<C>, Bad)>,
+    /// By batch and query head.
+    bias: Vec<Bias<C>>,
 }
 
 impl<C: Real> Prepared<C> {
@@ -68,18 +68,21 @@ impl<C: Real> Prepared<C> {
                 .into_par_iter()
                 .map(|n| {
                     let (b, h) = (n / a.heads(), n % a.heads());
-                    let k = &heads[b * a.kv_heads() + h / a.group()].k;
+                    let head = &heads[b * a.kv_heads() + h / a.group()];
                     let (bias_b, bias_h) = a.bias_place(bias.shape(), b, h);
-                    let mut values = vec![C::ZERO; a.keys().next_multiple_of(TILE)];
-                    let bad = Bad::new((0..a.keys()).map(|j| {
-                        let value: C = bias.entry(bias_b, bias_h, j, 0);
-                        // A key hidden by its bias is not seen, whatever it holds.
-                        let hidden = value == C::NEG_INFINITY;
-                        let finite = value.is_finite();
-                        values[j] = if finite || hidden { value } else { C::ZERO };
-                        !hidden && (!finite || k.bad.at(j))
-                    }));
-                    (values, bad)
+                    let given: Vec<C> = (0..a.keys()).map(|j| bias.entry(bias_b, bias_h, j, 0)).collect();
+                    let hidden: Vec<bool> = given.iter().map(|&value| value == C::NEG_INFINITY).collect();
+                    let bad_k =
+                        (0..a.keys()).map(|j| !hidden[j] && (!given[j].is_finite() || head.k.bad.at(j)));
+                    let bad_v = (0..a.keys()).map(|j| !hidden[j] && head.v.bad.at(j));
+                    let bad = [Bad::new(bad_k), Bad::new(bad_v)];
+                    let mut values = given;
+                    values
+                        .iter_mut()
+                        .filter(|x| !x.is_finite() && **x != C::NEG_INFINITY)
+                        .for_each(|x| *x = C::ZERO);
+                    values.resize(a.keys().next_multiple_of(TILE), C::ZERO);
+                    Bias { values, hidden, bad }
                 })
                 .collect(),
         };
@@ -90,8 +93,8 @@ impl<C: Real> Prepared<C> {
         &self.heads[place.batch * a.kv_heads() + place.head / a.group()]
     }
 
-    fn bias(&self, a: &Attention, batch: usize, head: usize) -> Option<(&[C], &Bad)> {
-        self.bias.get(batch * a.heads() + head).map(|(values, bad)| (values.as_slice(), bad))
+    fn bias(&self, a: &Attention, batch: usize, head: usize) -> Option<&Bias<C>> {
+        self.bias.get(batch * a.heads() + head)
     }
 }
 
@@ -160,12 +163,17 @@ pub fn backward<C: Real>(
     let per_head = a.queries().div_ceil(BLOCK);
     let tiles = a.keys().div_ceil(TILE);
     let mut flop: u64 = blocks.iter().map(|block| block.flop).sum();
-    let key_heads: Vec<usize> = (0..a.batch() * a.kv_heads()).collect();
+    let key_heads = a.batch() * a.kv_heads();
     // The blocks that see a KV head, by query head: consecutive, since query heads of a group are.
     let seeing = |n: usize| &blocks[n * a.group() * per_head..][..a.group() * per_head];
-    let spoilt: Vec<[Vec<bool>; 2]> =
-        key_heads.par_iter().map(|&n| backward::spoilt(a.keys(), seeing(n).iter())).collect();
-    let tile_results: Vec<(Vec<Vec<C>>, u64)> = (0..key_heads.len() * tiles)
+    let spoilt: Vec<[Vec<bool>; 2]> = (0..a.batch() * a.heads())
+        .into_par_iter()
+        .map(|n| {
+            let hidden = prepared.bias(a, n / a.heads(), n % a.heads()).map(|bias| bias.hidden.as_slice());
+            backward::spoilt(a.keys(), hidden, &blocks[n * per_head..][..per_head])
+        })
+        .collect();
+    let tile_results: Vec<(Vec<Vec<C>>, u64)> = (0..key_heads * tiles)
         .into_par_iter()
         .with_max_len(1)
         .map(|task| {
@@ -173,19 +181,22 @@ pub fn backward<C: Real>(
             let (b, h) = (n / a.kv_heads(), n % a.kv_heads());
             let head = &prepared.heads[n];
             let group = h * a.group()..(h + 1) * a.group();
-            let biases: Vec<_> = group.map(|h| prepared.bias(a, b, h).map(|(bias, _)| bias)).collect();
+            let biases: Vec<_> = group.map(|h| prepared.bias(a, b, h)).collect();
             let by_head: Vec<_> = seeing(n).chunks(per_head.max(1)).collect();
             let mut tile = pool.with(|buffers| backward::keys(arch, head, &biases, &by_head, t, buffers));
             let (width, value_width) = (tile.dk.len() / TILE, tile.dv.len() / TILE);
             for j in t * TILE..((t + 1) * TILE).min(a.keys()) {
                 let dk_row = &mut tile.dk[(j % TILE) * width..][..a.head_dim()];
                 let dv_row = &mut tile.dv[(j % TILE) * value_width..][..a.value_dim()];
-                if spoilt[n][0][j] {
+                let by_head = &spoilt[n * a.group()..][..a.group()];
+                if by_head.iter().any(|spoilt| spoilt[0][j]) {
                     dk_row.fill(C::NAN);
-                    tile.dbias.iter_mut().for_each(|dbias| dbias[j % TILE] = C::NAN);
                 }
-                if spoilt[n][1][j] {
+                if by_head.iter().any(|spoilt| spoilt[1][j]) {
                     dv_row.fill(C::NAN);
+                }
+                for (dbias, _) in tile.dbias.iter_mut().zip(by_head).filter(|(_, spoilt)| spoilt[0][j]) {
+                    dbias[j % TILE] = C::NAN;
                 }
                 // SAFETY: every key belongs to one tile, and every tile to one task.
                 unsafe {

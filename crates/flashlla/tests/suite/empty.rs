@@ -73,7 +73,9 @@ fn per_query_ridges_of_no_queries_are_empty() {
 #[test]
 fn queries_that_see_no_key_give_zeros_among_others_that_do() {
     let n = 140;
-    let blind: [(&str, Mask, Box<dyn Fn(usize) -> bool>); 5] = [
+    /// Whether the query at a place sees no key.
+    type Blind = Box<dyn Fn(usize) -> bool>;
+    let blind: [(&str, Mask, Blind); 5] = [
         ("before the first key", Mask::causal().q_offset(-65), Box::new(|i| i < 65)),
         ("beyond the window", Mask::causal().q_offset(130).window(8), Box::new(|i| i > 16)),
         ("alone, without its own", Mask::causal().leave_one_out(), Box::new(|i| i == 0)),
