@@ -458,7 +458,9 @@ impl Convert {
         let range = Arguments::new().pointers([a.0.ptr, b.0.ptr, amax, bad, bad_row]).then(&shape);
         let convert = Arguments::new().pointers([a.0.ptr, b.0.ptr, amax, a.2, b.2, unit]).then(&shape);
         let grid = [side(padded / self.range.block[0]), side(batch * heads), side(tensors.len())];
-        let aligned = tensors.iter().all(|(view, cols, _)| aligned(view, *cols, self.bytes));
+        // Bulk copies need a row in every chunk, and there are chunks of nothing but padding.
+        let aligned = tokens + self.range.block[0] > padded
+            && tensors.iter().all(|(view, cols, _)| aligned(view, *cols, self.bytes));
         // SAFETY: the arguments are those of the kernels' signatures; the caller vouches for the memory.
         unsafe {
             self.range.pick(aligned).launch(grid, &range, stream)?;

@@ -17,11 +17,54 @@ use proptest::test_runner::TestRunner;
 use std::time::{Duration, Instant};
 
 /// One line of the table.
+#[derive(Default)]
 struct Entry {
     what: String,
     cases: usize,
     failed: usize,
     note: String,
+    /// Of outputs, and of the gradients of q, k and v.
+    errors: Vec<[f64; 2]>,
+}
+
+/// Parts run in processes of their own: a fault on the GPU ends everything that its process does there.
+const PART: &str = "FLASHLLA_GPU_PART";
+/// Random problems of one part.
+const SHARE: usize = 12;
+
+impl Entry {
+    /// As one line from a part to the whole.
+    fn send(&self) {
+        let errors: Vec<String> = self.errors.iter().map(|[a, b]| format!("{a:e}:{b:e}")).collect();
+        println!("@\t{}\t{}\t{}\t{}\t{}", self.what, self.cases, self.failed, self.note, errors.join(","));
+    }
+
+    fn receive(line: &str) -> Option<Self> {
+        let fields: Vec<&str> = line.strip_prefix("@\t")?.split('\t').collect();
+        let [what, cases, failed, note, errors] = fields[..] else { return None };
+        let pair = |text: &str| -> Option<[f64; 2]> {
+            let (a, b) = text.split_once(':')?;
+            Some([a.parse().ok()?, b.parse().ok()?])
+        };
+        Some(Self {
+            what: what.into(),
+            cases: cases.parse().ok()?,
+            failed: failed.parse().ok()?,
+            note: note.into(),
+            errors: errors.split(',').filter_map(pair).collect(),
+        })
+    }
+
+    fn measured(&self) -> String {
+        if self.errors.is_empty() {
+            return self.note.clone();
+        }
+        let of = |which: usize| {
+            let mut values: Vec<f64> = self.errors.iter().map(|pair| pair[which]).collect();
+            [0.5, 0.95, 1.0].map(|part| format!("{:.1e}", percentile(&mut values, part))).join(" ")
+        };
+        format!("out {}, dq dk dv {}", of(0), of(1))
+    }
 }
 
 struct Checks {
@@ -29,7 +72,6 @@ struct Checks {
     /// What the kernels at hand can do: a bundle may have been compiled in part.
     dtypes: Vec<Dtype>,
     widest: usize,
-    table: Vec<Entry>,
 }
 
 /// Allowed errors of outputs and gradients: bounds on what the arithmetic leaves, to find mistakes. How large errors are is
@@ -84,18 +126,24 @@ fn percentile(values: &mut [f64], part: f64) -> f64 {
 }
 
 impl Checks {
-    fn enter(&mut self, what: impl Into<String>, cases: usize, failed: usize, note: impl Into<String>) {
-        let entry = Entry { what: what.into(), cases, failed, note: note.into() };
-        println!("== {}: {} of {} failed; {}", entry.what, entry.failed, entry.cases, entry.note);
-        self.table.push(entry);
+    fn enter(&self, what: impl Into<String>, cases: usize, failed: usize, note: impl Into<String>) {
+        Entry { what: what.into(), cases, failed, note: note.into(), errors: vec![] }.send();
     }
 
-    fn golden(&mut self) {
+    fn enter_errors(&self, what: impl Into<String>, failed: usize, errors: Vec<[f64; 2]>) {
+        let (what, cases) = (what.into(), errors.len());
+        Entry { what, cases, failed, errors, ..Default::default() }.send();
+    }
+
+    fn golden(&self, number: usize) {
         let mut all = Golden::all();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all = all.split_off(number.min(all.len()));
+        all.truncate(1);
         all.retain(|case| case.attention.head_dim().max(case.attention.value_dim()) <= self.widest);
         for precision in [Precision::Standard, Precision::High] {
             for dtype in self.dtypes.clone() {
-                let (mut failed, mut worst) = (0, [0f64; 2]);
+                let (mut failed, mut measured) = (0, vec![]);
                 for case in &all {
                     let attention = with_precision(&case.attention, precision);
                     let mut data = case.data.clone();
@@ -112,6 +160,7 @@ impl Checks {
                         Err(error) => {
                             println!("{} {dtype:?} {precision:?}: {error}", case.name);
                             failed += 1;
+                            measured.push([f64::INFINITY; 2]);
                             continue;
                         }
                     };
@@ -119,7 +168,7 @@ impl Checks {
                     let [out, gradient] = allowed(precision, smallest_ridge(&attention));
                     let e = |name| error_named(&errors, name);
                     let gradients = e("dq").max(e("dk")).max(e("dv"));
-                    worst = [worst[0].max(e("out")), worst[1].max(gradients)];
+                    measured.push([e("out"), gradients]);
                     let ok = e("out") <= out && gradients <= gradient;
                     failed += usize::from(!ok);
                     println!(
@@ -138,13 +187,14 @@ impl Checks {
                         if ok { "" } else { "  FAILED" }
                     );
                 }
-                let note = format!("worst out {:.1e}, dq dk dv {:.1e}", worst[0], worst[1]);
-                self.enter(format!("golden {dtype:?} {precision:?}"), all.len(), failed, note);
+                if !measured.is_empty() {
+                    self.enter_errors(format!("golden {dtype:?} {precision:?}"), failed, measured);
+                }
             }
         }
     }
 
-    fn random(&mut self, count: usize) {
+    fn random(&self, share: usize) {
         let mut runner = TestRunner::deterministic();
         let strategy = case(3_000_000);
         let mut kinds: Vec<(&str, Vec<[f64; 2]>, usize)> = [
@@ -158,8 +208,11 @@ impl Checks {
         .map(|name| (name, vec![], 0))
         .into();
         let (mut wide, mut wide_failed) = (0, 0);
-        for number in 0..count {
+        for number in 0..(share + 1) * SHARE {
             let mut case = strategy.new_tree(&mut runner).unwrap().current();
+            if number < share * SHARE {
+                continue;
+            }
             case.grid = Grid::Half;
             let dtype = self.dtypes[number % self.dtypes.len()];
             let precision = if number % 2 == 0 { Precision::Standard } else { Precision::High };
@@ -201,27 +254,15 @@ impl Checks {
             }
         }
         for (name, errors, failed) in kinds {
-            let mut out: Vec<f64> = errors.iter().map(|e| e[0]).collect();
-            let mut gradients: Vec<f64> = errors.iter().map(|e| e[1]).collect();
-            if out.is_empty() {
-                continue;
+            if !errors.is_empty() {
+                self.enter_errors(name, failed, errors);
             }
-            let note = format!(
-                "out median {:.1e} p95 {:.1e} max {:.1e}; grads median {:.1e} p95 {:.1e} max {:.1e}",
-                percentile(&mut out, 0.5),
-                percentile(&mut out, 0.95),
-                percentile(&mut out, 1.0),
-                percentile(&mut gradients, 0.5),
-                percentile(&mut gradients, 0.95),
-                percentile(&mut gradients, 1.0)
-            );
-            self.enter(name, errors.len(), failed, note);
         }
         self.enter(format!("dims above {} refused", self.widest), wide, wide_failed, "");
     }
 
     /// One number that is not finite reaches those that see it and nobody else.
-    fn not_finite(&mut self) {
+    fn not_finite(&self) {
         let bad_rows = |tensor: &flashlla::Tensor<f64>| -> Vec<bool> {
             let width = if tensor.shape().len() == 4 { tensor.shape()[3] } else { 1 };
             tensor.data().chunks(width).map(|row| row.iter().any(|x| !x.is_finite())).collect()
@@ -293,7 +334,7 @@ impl Checks {
         self.enter("NaN and infinities", cases, failed, format!("slowest {slowest:.1?}"));
     }
 
-    fn empty(&mut self) {
+    fn empty(&self) {
         let base =
             || Attention::builder().batch(2).heads(4).kv_heads(2).queries(5).keys(7).head_dim(3).value_dim(2);
         let blank = [
@@ -337,7 +378,7 @@ impl Checks {
     }
 
     /// Two threads, each in a stream of its own, get the bits that each gets alone; and so does a second run.
-    fn streams(&mut self) {
+    fn streams(&self) {
         let make = |seed: u64, n: usize, d: usize| {
             let attention = Attention::builder()
                 .heads(4)
@@ -375,7 +416,22 @@ impl Checks {
         self.enter("two streams, the same bits", cases, failed, "");
     }
 
-    fn times(&mut self) {
+    fn first(&self, start: Instant, opened: Duration) {
+        let attention = Attention::builder().queries(200).head_dim(64).mask(Mask::causal()).build().unwrap();
+        let data = Data::random(&attention, 1, Grid::Half);
+        let [q, k, v] = [&data.q, &data.k, &data.v].map(|t| cast::<flashlla::bf16>(t));
+        let problem = attention.problem(q.view(), k.view(), v.view()).unwrap();
+        let first = self.gpu.forward(&problem);
+        let total = start.elapsed();
+        let late = first.is_err() || total > Duration::from_secs(1);
+        let note = format!(
+            "engine {opened:.1?}, first result after {total:.1?}{}",
+            first.err().map_or(String::new(), |error| format!(", {error}"))
+        );
+        self.enter("first call", 1, usize::from(late), note);
+    }
+
+    fn times(&self) {
         let widest = self.widest;
         for (heads, n, d) in [(16, 4096, 64), (8, 4096, 128)].into_iter().filter(|shape| shape.2 <= widest) {
             let attention = Attention::builder()
@@ -409,50 +465,88 @@ impl Checks {
     }
 }
 
-fn main() {
+/// One part, in this process.
+fn part(name: &str) {
     let start = Instant::now();
     let gpu = match Cuda::new() {
         Ok(gpu) => gpu,
         Err(error) => {
             println!("not run: {error}");
-            let required = std::env::var_os("FLASHLLA_REQUIRE_GPU").is_some();
-            std::process::exit(i32::from(required));
+            std::process::exit(1);
         }
     };
     let opened = start.elapsed();
-    println!("{}, {}, driver {}", gpu.name(), gpu.architecture(), gpu.driver_version());
-    let attention = Attention::builder().queries(200).head_dim(64).mask(Mask::causal()).build().unwrap();
-    let data = Data::random(&attention, 1, Grid::Half);
-    let [q, k, v] = [&data.q, &data.k, &data.v].map(|t| cast::<flashlla::bf16>(t));
-    let problem = attention.problem(q.view(), k.view(), v.view()).unwrap();
-    let first = gpu.forward(&problem);
-    let total = start.elapsed();
     let kernels = &gpu.bundle().index().kernels;
     let has = |dtype: &str| kernels.iter().any(|k| k.entry == "lla_weights" && k.dtype == dtype);
     let dtypes = [(Dtype::Bf16, "bf16"), (Dtype::F16, "f16"), (Dtype::F32, "f32")];
     let dtypes = dtypes.into_iter().filter(|(_, name)| has(name)).map(|(dtype, _)| dtype).collect();
     let widest = kernels.iter().filter(|k| k.entry == "lla_solve").map(|k| k.head_dim).max().unwrap_or(0);
-    println!("{} kernels; {dtypes:?}, head dimensions up to {widest}", kernels.len());
-    let mut checks = Checks { gpu, dtypes, widest, table: vec![] };
-    let late = first.is_err() || total > Duration::from_secs(1);
-    let note = format!(
-        "engine {opened:.1?}, first result after {total:.1?}{}",
-        first.err().map_or(String::new(), |error| format!(", {error}"))
-    );
-    checks.enter("first call", 1, usize::from(late), note);
+    if name == "first" {
+        println!("{}, {}, driver {}", gpu.name(), gpu.architecture(), gpu.driver_version());
+        println!("{} kernels; {dtypes:?}, head dimensions up to {widest}", kernels.len());
+    }
+    let checks = Checks { gpu, dtypes, widest };
     // Panics are caught and counted; their words are printed by the checks.
     std::panic::set_hook(Box::new(|_| {}));
-    checks.times();
-    checks.golden();
-    checks.empty();
-    checks.not_finite();
-    checks.streams();
-    let count = std::env::var("FLASHLLA_GPU_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(400);
-    checks.random(count);
-    println!("\n{:<32} {:>6} {:>6}  measured", "check", "cases", "failed");
-    for Entry { what, cases, failed, note } in &checks.table {
-        println!("{what:<32} {cases:>6} {failed:>6}  {note}");
+    let (name, number) = name.split_once(' ').unwrap_or((name, "0"));
+    let number = number.parse().expect("a number");
+    match name {
+        "first" => checks.first(start, opened),
+        "times" => checks.times(),
+        "golden" => checks.golden(number),
+        "empty" => checks.empty(),
+        "finite" => checks.not_finite(),
+        "streams" => checks.streams(),
+        _ => checks.random(number),
     }
-    println!("{:.0?} in all", start.elapsed());
-    std::process::exit(i32::from(checks.table.iter().any(|entry| entry.failed > 0)));
+}
+
+fn main() {
+    if let Ok(name) = std::env::var(PART) {
+        return part(&name);
+    }
+    if let Err(error) = Cuda::new() {
+        println!("not run: {error}");
+        let required = std::env::var_os("FLASHLLA_REQUIRE_GPU").is_some();
+        std::process::exit(i32::from(required));
+    }
+    let start = Instant::now();
+    let cases = std::env::var("FLASHLLA_GPU_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(480usize);
+    let mut parts: Vec<String> = ["first", "times", "empty", "finite", "streams"].map(String::from).into();
+    parts.extend((0..Golden::all().len()).map(|number| format!("golden {number}")));
+    parts.extend((0..cases.div_ceil(SHARE)).map(|number| format!("random {number}")));
+    let program = std::env::current_exe().expect("this program");
+    let mut table: Vec<Entry> = vec![];
+    let mut lost = 0;
+    for part in parts {
+        let output =
+            std::process::Command::new(&program).env(PART, &part).output().expect("this program again");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let mut received = 0;
+        for line in text.lines() {
+            let Some(new) = Entry::receive(line) else {
+                println!("{part}: {line}");
+                continue;
+            };
+            received += 1;
+            match table.iter_mut().find(|entry| entry.what == new.what) {
+                Some(entry) => {
+                    entry.cases += new.cases;
+                    entry.failed += new.failed;
+                    entry.errors.extend(new.errors);
+                }
+                None => table.push(new),
+            }
+        }
+        if !output.status.success() || received == 0 && !part.starts_with("golden") {
+            lost += 1;
+            println!("{part}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+    }
+    println!("\n{:<32} {:>6} {:>6}  measured (errors: median, 95 %, largest)", "check", "cases", "failed");
+    for entry in &table {
+        println!("{:<32} {:>6} {:>6}  {}", entry.what, entry.cases, entry.failed, entry.measured());
+    }
+    println!("{lost} parts ended early; {:.0?} in all", start.elapsed());
+    std::process::exit(i32::from(lost > 0 || table.iter().any(|entry| entry.failed > 0)));
 }
