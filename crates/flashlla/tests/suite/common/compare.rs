@@ -120,6 +120,7 @@ fn error_of(
 }
 
 /// The relative error of every result, with the floors that [`disagreements`] has; infinite where shapes differ.
+#[allow(dead_code)] // for the tests on a GPU, a program of their own
 pub fn errors(attention: &Attention, data: &Data, got: &Results, want: &Results) -> Vec<(&'static str, f64)> {
     let pairs = got.named().into_iter().zip(want.named());
     pairs
