@@ -419,7 +419,7 @@ impl Checks {
     fn first(&self, start: Instant, opened: Duration) {
         let attention = Attention::builder().queries(200).head_dim(64).mask(Mask::causal()).build().unwrap();
         let data = Data::random(&attention, 1, Grid::Half);
-        let [q, k, v] = [&data.q, &data.k, &data.v].map(|t| cast::<flashlla::bf16>(t));
+        let [q, k, v] = [&data.q, &data.k, &data.v].map(cast::<flashlla::bf16>);
         let problem = attention.problem(q.view(), k.view(), v.view()).unwrap();
         let first = self.gpu.forward(&problem);
         let total = start.elapsed();
@@ -442,7 +442,7 @@ impl Checks {
                 .build()
                 .unwrap();
             let data = Data::random(&attention, 3, Grid::Half);
-            let [q, k, v, g] = [&data.q, &data.k, &data.v, &data.grad_out].map(|t| cast::<flashlla::bf16>(t));
+            let [q, k, v, g] = [&data.q, &data.k, &data.v, &data.grad_out].map(cast::<flashlla::bf16>);
             let problem = attention.problem(q.view(), k.view(), v.view()).unwrap();
             let mut note = String::new();
             for _ in 0..2 {
