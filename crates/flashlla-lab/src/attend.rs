@@ -1,12 +1,13 @@
 //! `flashlla attend`: attention over the tensors of a file.
 
+use crate::device::AnyEngine;
 use crate::files::{Entry, Stored, Target, TensorFile};
 use crate::inputs::{InputArgs, Inputs, query_dtype};
 use crate::options::{Device, Dtype, thread_pool};
 use crate::summary::Summary;
 use crate::{Result, stdout};
 use clap::Args;
-use flashlla::{Cpu, Engine, OtherGradients, Solver, State, Tensor};
+use flashlla::{Engine, OtherGradients, Solver, State, Tensor};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -95,9 +96,7 @@ where
 {
     let inputs = Inputs::<T>::read(file, &args.inputs)?;
     let pool = thread_pool(args.threads)?;
-    let engine = match args.device {
-        Device::Cpu => Cpu::default(),
-    };
+    let engine = AnyEngine::open(args.device)?;
     let outcome = pool.install(|| compute(&inputs, &engine)).map_err(|error| file.error(error))?;
     let mut summary = Summary::new(&inputs, &outcome, args, dtype, pool.current_num_threads());
     let metadata = metadata(&inputs, args, dtype);
@@ -193,7 +192,10 @@ fn metadata<T: Stored>(inputs: &Inputs<T>, args: &AttendArgs, dtype: Dtype) -> B
         }
         let (tolerance, max_iters) = match a.solver() {
             Solver::Auto { tolerance, max_iters } => {
-                (Some(tolerance.unwrap_or(Solver::default_tolerance(dtype == Dtype::F64))), max_iters)
+                // A GPU has tolerances of its own.
+                let default =
+                    (args.device == Device::Cpu).then(|| Solver::default_tolerance(dtype == Dtype::F64));
+                (tolerance.or(default), max_iters)
             }
             Solver::Cg { tolerance, max_iters } => (Some(tolerance), Some(max_iters)),
             Solver::Direct => (None, None),

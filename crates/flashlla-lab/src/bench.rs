@@ -2,11 +2,12 @@
 
 mod matmul;
 
+use crate::device::AnyEngine;
 use crate::options::{self, Device, Dtype, SolverArgs, thread_pool};
 use crate::summary::duration;
 use crate::{Error, Result, stdout};
 use clap::{Args, ValueEnum};
-use flashlla::{Attention, Cpu, Diagnostics, Element, Engine, Mask, Tensor};
+use flashlla::{Attention, Diagnostics, Element, Engine, Mask, Tensor};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
 use std::io::IsTerminal;
@@ -164,16 +165,17 @@ where
     // Everything that can be wrong is found before anything is measured.
     let attentions: Vec<Attention> =
         shapes.iter().map(|&shape| describe::<T>(args, shape)).collect::<Result<_>>()?;
-    let engine = match args.device {
-        Device::Cpu => Cpu::default(),
-    };
+    let engine = AnyEngine::open(args.device)?;
     let pool = thread_pool(args.threads)?;
     let table = !args.json && std::io::stdout().is_terminal();
     pool.install(|| {
-        let matmul = matmul::rate::<T::Acc>();
-        if table {
+        // What the processor's products reach says nothing of a GPU: there the efficiency is left out.
+        let matmul = if args.device == Device::Cpu { matmul::rate::<T::Acc>() } else { f64::NAN };
+        if table && args.device == Device::Cpu {
             let name = std::any::type_name::<T::Acc>();
             stdout::line(format_args!("matrix products in {name}: {:.1} Gflop/s\n", matmul / 1e9))?;
+        }
+        if table {
             stdout::line(
                 "op        batch heads tokens  dim         time  iterations (max)     Gflop/s  efficiency",
             )?;
@@ -189,7 +191,7 @@ where
 
 fn row(line: &Line) -> String {
     format!(
-        "{:<9} {:>5} {:>5} {:>6} {:>4} {:>12}  {:>10} {:>5} {:>11.1} {:>10.0} %",
+        "{:<9} {:>5} {:>5} {:>6} {:>4} {:>12}  {:>10} {:>5} {:>11.1} {:>12}",
         line.op.name(),
         line.batch,
         line.heads,
@@ -199,7 +201,7 @@ fn row(line: &Line) -> String {
         line.iterations_median,
         format!("({})", line.iterations_max),
         line.flop_per_second / 1e9,
-        line.efficiency * 100.0
+        if line.efficiency.is_nan() { "-".into() } else { format!("{:.0} %", line.efficiency * 100.0) }
     )
 }
 

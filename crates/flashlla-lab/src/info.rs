@@ -25,6 +25,8 @@ pub struct Info {
     logical_cpus: usize,
     /// The threads a command uses unless told.
     threads: usize,
+    /// What `--device` can be.
+    devices: Vec<String>,
 }
 
 impl Info {
@@ -38,6 +40,7 @@ impl Info {
             features: features(),
             logical_cpus: std::thread::available_parallelism().map_or(1, usize::from),
             threads: rayon::current_num_threads(),
+            devices: devices(),
         }
     }
 }
@@ -62,7 +65,19 @@ pub fn run(args: &InfoArgs) -> Result<()> {
     stdout::line(format_args!("simd      {}", info.simd))?;
     stdout::line(format_args!("features  {features}"))?;
     stdout::line(format_args!("threads   {} of {} logical CPUs", info.threads, info.logical_cpus))?;
-    stdout::line("devices   cpu")
+    stdout::line(format_args!("devices   {}", info.devices.join(", ")))
+}
+
+/// What `--device` can be here.
+fn devices() -> Vec<String> {
+    #[allow(unused_mut)]
+    let mut devices = vec!["cpu".to_string()];
+    #[cfg(feature = "cuda")]
+    match flashlla::Cuda::new() {
+        Ok(gpu) => devices.push(format!("cuda ({})", gpu.name())),
+        Err(error) => devices.push(format!("no cuda ({error})")),
+    }
+    devices
 }
 
 #[cfg(target_arch = "x86_64")]

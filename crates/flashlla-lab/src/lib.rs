@@ -3,6 +3,7 @@
 pub mod attend;
 pub mod bench;
 pub mod cli;
+pub mod device;
 pub mod error;
 pub mod experiments;
 pub mod files;

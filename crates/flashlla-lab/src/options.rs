@@ -40,6 +40,8 @@ pub enum Device {
     /// The processor, all of `--threads`
     #[default]
     Cpu,
+    /// The first NVIDIA GPU; times include the copies to and from it
+    Cuda,
 }
 
 /// How the systems are solved.

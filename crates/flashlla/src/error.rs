@@ -59,6 +59,14 @@ pub enum Error {
         /// The described strides, in elements.
         strides: Vec<isize>,
     },
+    /// The GPU, its driver or its kernels cannot be used, or failed.
+    #[error("device cuda: {problem}; {remedy}")]
+    Cuda {
+        /// What is wrong.
+        problem: String,
+        /// What can be done about it.
+        remedy: String,
+    },
 }
 
 impl Error {

@@ -49,6 +49,9 @@
 //! # Ok::<(), flashlla::Error>(())
 //! ```
 //!
+//! [`Cpu`] runs anywhere. With the feature `cuda` there is an engine for NVIDIA GPUs, `Cuda`, with the same interface; it
+//! computes in fp16 and `f32` and refuses `f64`.
+//!
 //! # What holds everywhere
 //!
 //! - Tensors have the axes `[batch, head, token, dim]` and any strides ([`View`]); storage is `f64`, `f32`, [`bf16`] or
@@ -61,6 +64,8 @@
 
 pub mod attention;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod element;
 mod engine;
 mod error;
@@ -73,6 +78,8 @@ mod view;
 
 pub use attention::{Attention, AttentionBuilder, MAX_HEAD_DIM, Problem};
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
 pub use element::{Element, Real};
 pub use engine::{Diagnostics, Engine, Forward, Gradients, OtherGradients, State};
 pub use error::{Error, Result};

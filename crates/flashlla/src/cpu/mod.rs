@@ -20,6 +20,8 @@ mod simd;
 mod solve;
 mod tasks;
 
+#[cfg(feature = "cuda")]
+pub(crate) use pack::Bad;
 pub use simd::SimdReal;
 
 use crate::engine::{check_gradients, check_out};

@@ -108,6 +108,31 @@ fn floor(name: &str, attention: &Attention, data: &Data, want: &Results) -> f64 
         }
 }
 
+fn error_of(
+    name: &str,
+    got: &Tensor<f64>,
+    want: &Tensor<f64>,
+    attention: &Attention,
+    data: &Data,
+    all: &Results,
+) -> f64 {
+    relative_error(got.data(), want.data(), floor(name, attention, data, all))
+}
+
+/// The relative error of every result, with the floors that [`disagreements`] has; infinite where shapes differ.
+#[allow(dead_code)] // for the tests on a GPU, a program of their own
+pub fn errors(attention: &Attention, data: &Data, got: &Results, want: &Results) -> Vec<(&'static str, f64)> {
+    let pairs = got.named().into_iter().zip(want.named());
+    pairs
+        .map(|((name, got), (want_name, want_tensor))| {
+            let fits = name == want_name && got.shape() == want_tensor.shape();
+            let error =
+                if fits { error_of(name, got, want_tensor, attention, data, want) } else { f64::INFINITY };
+            (name, error)
+        })
+        .collect()
+}
+
 /// Where two sets of results differ by more than the tolerance, one line each.
 pub fn disagreements(
     attention: &Attention,
@@ -127,9 +152,8 @@ pub fn disagreements(
             lines.push(format!("{name}: shape {:?} instead of {:?}", got.shape(), want_tensor.shape()));
             continue;
         }
-        let floor = floor(name, attention, data, want);
-        let (error, allowed) =
-            (relative_error(got.data(), want_tensor.data(), floor), tolerance.for_name(name));
+        let error = error_of(name, got, want_tensor, attention, data, want);
+        let allowed = tolerance.for_name(name);
         if error > allowed {
             let worst = worst(got, want_tensor);
             lines.push(format!("{name}: relative error {error:.3e} > {allowed:.1e}; worst {worst}"));

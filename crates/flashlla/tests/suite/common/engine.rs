@@ -155,7 +155,7 @@ impl Results {
 }
 
 /// Forward and backward of `data` stored as `T`.
-pub fn run<T: Element>(engine: AnyEngine, attention: &Attention, data: &Data) -> Results {
+pub fn run<T: Element>(engine: impl Engine, attention: &Attention, data: &Data) -> Results {
     let (q, k, v) = (cast::<T>(&data.q), cast::<T>(&data.k), cast::<T>(&data.v));
     let grad_out = cast::<T>(&data.grad_out);
     let bias = data.bias.as_ref().map(cast::<T::Acc>);
@@ -187,7 +187,7 @@ pub fn run<T: Element>(engine: AnyEngine, attention: &Attention, data: &Data) ->
 }
 
 /// [`run`] with the storage type chosen at run time.
-pub fn run_as(dtype: Dtype, engine: AnyEngine, attention: &Attention, data: &Data) -> Results {
+pub fn run_as(dtype: Dtype, engine: impl Engine, attention: &Attention, data: &Data) -> Results {
     match dtype {
         Dtype::F64 => run::<f64>(engine, attention, data),
         Dtype::F32 => run::<f32>(engine, attention, data),

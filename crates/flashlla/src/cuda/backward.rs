@@ -1,0 +1,295 @@
+//! [`BackwardPlan`]: the backward on device pointers.
+
+use super::driver::{Arguments, Context, Memory, fill, upload};
+use super::plan::{
+    Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, option, side,
+};
+use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
+use crate::{Attention, Element, Error, Result};
+use std::sync::Arc;
+
+/// What a backward reads and writes, all in device memory. Layouts are those of [`super::ForwardPointers`].
+#[derive(Debug, Clone, Copy)]
+pub struct BackwardPointers {
+    /// Queries.
+    pub q: DeviceView,
+    /// Keys.
+    pub k: DeviceView,
+    /// Values.
+    pub v: DeviceView,
+    /// The bias of the forward.
+    pub bias: Option<DeviceBias>,
+    /// Ridges in place of the description's.
+    pub ridge: Option<DeviceRidge>,
+    /// The gradient of the outputs.
+    pub grad_out: DeviceView,
+    /// The log-sum-exp that the forward wrote.
+    pub lse: u64,
+    /// The mean keys that the forward wrote.
+    pub key_mean: u64,
+    /// The probes that the forward wrote, or that were given to it.
+    pub probe: u64,
+    /// Where to write the gradient of the queries.
+    pub dq: DeviceView,
+    /// Where to write the gradient of the keys.
+    pub dk: DeviceView,
+    /// Where to write the gradient of the values.
+    pub dv: DeviceView,
+    /// Where to write the gradient of every query's ridge, `f32 [batch, query head, N]`, contiguous.
+    pub dridge: u64,
+    /// Where to write every query's part of the scale's gradient, in the same layout.
+    pub dscale: u64,
+    /// Where to write the gradient of every query head's bias, `f32 [batch, query head, M]`, contiguous, if there is one.
+    pub dbias: Option<u64>,
+    /// Where to write the covariances `c`, in the layout of the probe: minus the gradient of a given one.
+    pub covariance: Option<u64>,
+    /// Where to write each query's steps (`i32`) and residual (`f32`) of the second solve.
+    pub diagnostics: Option<[u64; 2]>,
+}
+
+/// The backward of an [`Attention`] made ready for the GPU; see [`super::ForwardPlan`]. Its results are the same bits every
+/// time: every sum has one order.
+#[derive(Debug)]
+pub struct BackwardPlan {
+    core: Core,
+    bytes: usize,
+    convert: Convert,
+    convert_grad: Convert,
+    convert_f32: Convert,
+    mix: Variants,
+    solve: Variants,
+    query: Variants,
+    key: Variants,
+    /// First query that sees a block of keys, and one past the last.
+    seen_by: Option<[Vec<i32>; 2]>,
+}
+
+/// Where the scratch of a backward lies, from its beginning.
+struct Scratch {
+    tables: Tables,
+    seen_by: [u64; 2],
+    convert: [ConvertScratch; 3],
+    /// Of keys and values, queries and grad_out, probe and y.
+    units: [u64; 3],
+    /// Those, and what the solve leaves behind.
+    halves: [u64; 7],
+    row: u64,
+    y: u64,
+    covariance: u64,
+    bytes: usize,
+}
+
+impl BackwardPlan {
+    pub(super) fn new<T: Element, G: Element, O: Element>(
+        engine: &Arc<Inner>,
+        attention: &Attention,
+        options: PlanOptions,
+        high: bool,
+    ) -> Result<Self> {
+        let (inputs, grad, out) = (dtype::<T>()?, dtype::<G>()?, dtype::<O>()?);
+        if attention.scale() < 0.0 {
+            return Err(Error::value("scale", attention.scale(), "at least 0 for gradients on a GPU"));
+        }
+        let mut core = Core::new(engine, attention, options, high)?;
+        let bias = options.bias;
+        let convert = Convert::new(&core, inputs)?;
+        let convert_grad = Convert::new(&core, grad)?;
+        let convert_f32 = Convert::new(&core, "f32")?;
+        let mix = core.find("lla_mix", "", false, bias)?;
+        let solve = core.find("lla_solve", "", high, bias)?;
+        let query = core.find("lla_backward_query", out, false, bias)?;
+        let key = core.find("lla_backward_key", out, false, bias)?;
+        for kernel in [&mix, &solve, &query] {
+            core.use_block(kernel.block[0]);
+        }
+        let seen_by = core.queries_of_keys(key.block[1]);
+        Ok(Self {
+            core,
+            bytes: size_of::<O>(),
+            convert,
+            convert_grad,
+            convert_f32,
+            mix,
+            solve,
+            query,
+            key,
+            seen_by,
+        })
+    }
+
+    pub(super) fn context(&self) -> &Context {
+        &self.core.engine.context
+    }
+
+    /// The description.
+    pub fn attention(&self) -> &Attention {
+        &self.core.attention
+    }
+
+    /// The relative residual that the second solves aim for.
+    pub fn tolerance(&self) -> f64 {
+        self.core.tolerance
+    }
+
+    /// The shape `[batch, query head, N', D']` of mean keys and probes on the device.
+    pub fn state_shape(&self) -> [usize; 4] {
+        self.core.state_shape()
+    }
+
+    /// The scratch that a backward needs, in bytes: O((N + M) D) per head.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch().bytes
+    }
+
+    fn scratch(&self) -> Scratch {
+        let core = &self.core;
+        let [heads, kv_heads] = core.heads();
+        let (rows, key_rows) = (heads * core.padded_queries(), kv_heads * core.padded_keys());
+        let seen_by = self.seen_by.as_ref().map_or(0, |[first, _]| first.len() * 4);
+        let mut places = Places::default();
+        let places = &mut places;
+        let half = |places: &mut Places, rows: usize| places.take(rows * core.width * 2);
+        Scratch {
+            tables: core.place_tables(places),
+            seen_by: [places.take(seen_by), places.take(seen_by)],
+            convert: [
+                self.convert.place(key_rows.max(rows), places),
+                self.convert_grad.place(rows, places),
+                self.convert_f32.place(rows, places),
+            ],
+            units: [places.take(2 * kv_heads * 4), places.take(2 * heads * 4), places.take(2 * heads * 4)],
+            halves: [
+                half(places, key_rows),
+                half(places, key_rows),
+                half(places, rows),
+                half(places, rows),
+                half(places, rows),
+                half(places, rows),
+                half(places, if core.high { 2 * rows } else { rows }),
+            ],
+            row: places.take(8 * rows * 4),
+            y: places.take(rows * core.width * 4),
+            covariance: places.take(rows * core.width * 4),
+            bytes: places.0,
+        }
+    }
+
+    /// Puts a backward into `stream`; see [`super::ForwardPlan::run`].
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn run(
+        &self,
+        stream: RawStream,
+        pointers: &BackwardPointers,
+        scratch: Option<u64>,
+    ) -> Result<()> {
+        let (core, p) = (&self.core, pointers);
+        let a = &core.attention;
+        let has = PlanOptions { bias: p.bias.is_some(), probe: core.has.probe };
+        let views = [("q", p.q), ("k", p.k), ("v", p.v), ("grad_out", p.grad_out)];
+        core.check(has, &views)?;
+        core.check(has, &[("dq", p.dq), ("dk", p.dk), ("dv", p.dv)])?;
+        if a.batch() == 0 {
+            return Ok(());
+        }
+        let context = &*core.engine.context;
+        let _entered = context.enter()?;
+        let at = self.scratch();
+        let own = match scratch {
+            Some(_) => None,
+            None => Some(Memory::new(context, stream, at.bytes)?),
+        };
+        let base = scratch.or(own.as_ref().map(Memory::ptr)).expect("one of the two");
+        let [unit, q_unit, x_unit] = at.units.map(|at| base + at);
+        let [heads, kv_heads] = core.heads();
+        // Two units for every head lie behind each other.
+        let (g_unit, y_unit) = (q_unit + 4 * heads as u64, x_unit + 4 * heads as u64);
+        let [kh, vh, qh, gh, xh, yh, left_over] = at.halves.map(|at| base + at);
+        let (row, y) = (base + at.row, base + at.y);
+        let covariance = p.covariance.unwrap_or(base + at.covariance);
+        let [first_query, end_query] = at.seen_by.map(|at| base + at);
+        // SAFETY: inside the scratch.
+        let ridge = unsafe {
+            if let Some([first, end]) = &self.seen_by {
+                upload(first_query, first, stream)?;
+                upload(end_query, end, stream)?;
+            }
+            core.write_tables(&at.tables, base, p.ridge, stream)?
+        };
+
+        let common = |kernel: &Variants, options: i32| {
+            core.by_query(&at.tables, base, options, kernel.block[0], p.bias)
+        };
+        let scale = a.scale() as f32;
+        let mix = Arguments::new()
+            .pointers([qh, gh, kh, vh, q_unit, unit, p.lse, p.key_mean, covariance, row])
+            .then(&common(&self.mix, core.options))
+            .f32(scale);
+        let [iterations, residual] = p.diagnostics.unwrap_or([0, 0]);
+        let solve = Arguments::new()
+            .pointers([
+                qh, kh, unit, p.key_mean, row, left_over, y, covariance, ridge.ptr, iterations, residual,
+            ])
+            .then(&common(&self.solve, core.options | option::RIGHT_HAND_SIDE))
+            .then(&core.solve_limits(ridge, true, p.diagnostics.is_some()));
+        let strides = |arguments: Arguments, view: &DeviceView| {
+            arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
+        };
+        let query = Arguments::new()
+            .pointers([qh, gh, xh, yh, kh, vh, q_unit, x_unit, y_unit, unit, p.key_mean, p.probe, y, row])
+            .pointers([p.dq.ptr, p.dridge, p.dscale])
+            .then(&common(&self.query, core.options))
+            .i32s([int(a.head_dim())]);
+        let query = strides(query, &p.dq).f32(scale);
+        let key = Arguments::new()
+            .pointers([qh, gh, xh, yh, kh, vh, q_unit, x_unit, y_unit, unit, row])
+            .pointers([p.dk.ptr, p.dv.ptr, p.dbias.unwrap_or(0), first_query, end_query])
+            .i32s([0])
+            .then(&core.by_key(&at.tables, base, core.options, p.bias))
+            .i32s([int(a.head_dim()), int(a.value_dim())]);
+        let key = strides(strides(key, &p.dk), &p.dv).f32(scale);
+
+        let (np, mp) = (core.padded_queries(), core.padded_keys());
+        let keys = [a.batch(), a.kv_heads(), a.keys()];
+        let queries = [a.batch(), a.heads(), a.queries()];
+        let state = |ptr: u64| DeviceView {
+            ptr,
+            strides: [(a.heads() * np * core.width) as i64, (np * core.width) as i64, core.width as i64],
+        };
+        let [of_inputs, of_grad, of_state] = &at.convert;
+        let grid = |kernel: &Variants| [side(heads), side(a.queries().div_ceil(kernel.block[0])), 1];
+        // SAFETY: as in the forward.
+        unsafe {
+            let tensors = [(p.k, a.head_dim(), kh), (p.v, a.value_dim(), vh)];
+            self.convert.launch(of_inputs, base, keys, mp, &tensors, unit, stream)?;
+            if a.queries() > 0 {
+                let q = [(p.q, a.head_dim(), qh)];
+                self.convert.launch(of_inputs, base, queries, np, &q, q_unit, stream)?;
+                let g = [(p.grad_out, a.value_dim(), gh)];
+                self.convert_grad.launch(of_grad, base, queries, np, &g, g_unit, stream)?;
+                self.mix.pick(true).launch(grid(&self.mix), &mix, stream)?;
+                if core.has.probe {
+                    fill(y, 0, heads * np * core.width, stream)?;
+                } else {
+                    self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
+                }
+                let xy = [(state(p.probe), core.width, xh), (state(y), core.width, yh)];
+                self.convert_f32.launch(of_state, base, queries, np, &xy, x_unit, stream)?;
+                let dq = aligned(&p.dq, a.head_dim(), self.bytes);
+                self.query.pick(dq).launch(grid(&self.query), &query, stream)?;
+            } else {
+                // The key pass multiplies its empty sums by units, which must be numbers.
+                fill(q_unit, 1f32.to_bits(), 2 * heads, stream)?;
+                fill(x_unit, 1f32.to_bits(), 2 * heads, stream)?;
+            }
+            if a.keys() > 0 {
+                let whole =
+                    aligned(&p.dk, a.head_dim(), self.bytes) && aligned(&p.dv, a.value_dim(), self.bytes);
+                let grid = [side(kv_heads), side(a.keys().div_ceil(self.key.block[1])), 1];
+                self.key.pick(whole).launch(grid, &key, stream)?;
+            }
+        }
+        Ok(())
+    }
+}

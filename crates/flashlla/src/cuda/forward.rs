@@ -1,0 +1,237 @@
+//! [`ForwardPlan`]: the forward on device pointers.
+
+use super::driver::{Arguments, Context, Memory};
+use super::plan::{Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, side};
+use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
+use crate::{Attention, Element, Result};
+use std::sync::Arc;
+
+/// What a forward reads and writes, all in device memory.
+///
+/// `key_mean`, the probe and a given probe are `f32 [batch, query head, N', D']`, contiguous, aligned to 16 bytes: N and D
+/// rounded up as [`ForwardPlan::state_shape`] says. `lse`, `iterations` and `residual` are `[batch, query head, N]`, contiguous.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardPointers {
+    /// Queries.
+    pub q: DeviceView,
+    /// Keys.
+    pub k: DeviceView,
+    /// Values.
+    pub v: DeviceView,
+    /// The outputs, in the plan's output type.
+    pub out: DeviceView,
+    /// The bias; there must be one exactly if the plan was made for one.
+    pub bias: Option<DeviceBias>,
+    /// Ridges in place of the description's.
+    pub ridge: Option<DeviceRidge>,
+    /// The probe to use; there must be one exactly if the plan was made for one.
+    pub probe: Option<u64>,
+    /// Where to write the log-sum-exp, `f32`.
+    pub lse: Option<u64>,
+    /// Where to write the mean keys.
+    pub key_mean: Option<u64>,
+    /// Where to write the solved probes.
+    pub probe_out: Option<u64>,
+    /// Where to write each query's conjugate-gradient steps (`i32`) and residual (`f32`).
+    pub diagnostics: Option<[u64; 2]>,
+}
+
+/// An [`Attention`] made ready for the GPU: kernels chosen and loaded, masks and limits translated.
+///
+/// Made by [`super::Cuda::forward_plan`]. Running it only puts work into the caller's stream, memory in stream order
+/// included; it never waits for the GPU, and one plan may run in several streams at once.
+#[derive(Debug)]
+pub struct ForwardPlan {
+    core: Core,
+    bytes: [usize; 2],
+    convert: Convert,
+    weights: Variants,
+    solve: Variants,
+    output: Variants,
+    poison: Variants,
+}
+
+/// Where the scratch of a forward lies, from its beginning.
+struct Scratch {
+    tables: Tables,
+    convert: ConvertScratch,
+    unit: u64,
+    kh: u64,
+    vh: u64,
+    qh: u64,
+    xh: u64,
+    row: u64,
+    key_mean: u64,
+    bytes: usize,
+}
+
+impl ForwardPlan {
+    pub(super) fn new<T: Element, O: Element>(
+        engine: &Arc<Inner>,
+        attention: &Attention,
+        options: PlanOptions,
+        high: bool,
+    ) -> Result<Self> {
+        let (dtype, out_dtype) = (dtype::<T>()?, dtype::<O>()?);
+        let mut core = Core::new(engine, attention, options, high)?;
+        let convert = Convert::new(&core, dtype)?;
+        let weights = core.find("lla_weights", dtype, false, options.bias)?;
+        let solve = core.find("lla_solve", "", high, options.bias)?;
+        let output = core.find("lla_output", out_dtype, high, options.bias)?;
+        let poison = core.find("lla_poison", out_dtype, false, false)?;
+        for kernel in [&weights, &solve, &output] {
+            core.use_block(kernel.block[0]);
+        }
+        Ok(Self { core, bytes: [size_of::<T>(), size_of::<O>()], convert, weights, solve, output, poison })
+    }
+
+    pub(super) fn context(&self) -> &Context {
+        &self.core.engine.context
+    }
+
+    /// The description.
+    pub fn attention(&self) -> &Attention {
+        &self.core.attention
+    }
+
+    /// The relative residual that the solves aim for.
+    pub fn tolerance(&self) -> f64 {
+        self.core.tolerance
+    }
+
+    /// The shape `[batch, query head, N', D']` of mean keys and probes on the device.
+    pub fn state_shape(&self) -> [usize; 4] {
+        self.core.state_shape()
+    }
+
+    /// The scratch that a forward needs, in bytes: O((N + M) D) per head.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch().bytes
+    }
+
+    fn scratch(&self) -> Scratch {
+        let core = &self.core;
+        let [rows, key_rows] = core.heads();
+        let (rows, key_rows) = (rows * core.padded_queries(), key_rows * core.padded_keys());
+        let terms = if core.high { 2 } else { 1 };
+        let mut places = Places::default();
+        let places = &mut places;
+        Scratch {
+            tables: core.place_tables(places),
+            convert: self.convert.place(key_rows, places),
+            unit: places.take(2 * core.heads()[1] * 4),
+            kh: places.take(key_rows * core.width * 2),
+            vh: places.take(key_rows * core.width * 2),
+            qh: places.take(rows * core.width * 2),
+            xh: places.take(terms * rows * core.width * 2),
+            row: places.take(8 * rows * 4),
+            key_mean: places.take(rows * core.width * 4),
+            bytes: places.0,
+        }
+    }
+
+    /// Puts a forward into `stream`. Nothing is waited for, and nothing outlives the work in the stream but what `pointers`
+    /// name.
+    ///
+    /// `scratch` is device memory of [`ForwardPlan::scratch_bytes`] bytes, aligned to 256; without it, memory is taken and
+    /// given back in the order of the stream. Packed sequences and ridges that vary are copied from the host with every call:
+    /// give ridges as device memory where the stream is being captured.
+    ///
+    /// Queries that see a key or value that is not finite get NaN (also where the bias hides it); the others are not affected.
+    ///
+    /// # Safety
+    /// `stream` must be a stream of the plan's GPU (null is the default stream). Every address must lead to device memory of
+    /// the sizes described, valid in the order of the stream and, for what is written, not otherwise used.
+    pub unsafe fn run(
+        &self,
+        stream: RawStream,
+        pointers: &ForwardPointers,
+        scratch: Option<u64>,
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.run_parts(stream, pointers, scratch, true) }
+    }
+
+    /// The same; without `poison`, queries that see what is not finite get what they get with zeros in its place.
+    ///
+    /// # Safety
+    /// As above.
+    pub(super) unsafe fn run_parts(
+        &self,
+        stream: RawStream,
+        pointers: &ForwardPointers,
+        scratch: Option<u64>,
+        poison: bool,
+    ) -> Result<()> {
+        let (core, p) = (&self.core, pointers);
+        let a = &core.attention;
+        let has = PlanOptions { bias: p.bias.is_some(), probe: p.probe.is_some() };
+        core.check(has, &[("q", p.q), ("k", p.k), ("v", p.v), ("out", p.out)])?;
+        if a.batch() * a.queries() == 0 {
+            return Ok(());
+        }
+        let context = &*core.engine.context;
+        let _entered = context.enter()?;
+        let at = self.scratch();
+        let own = match scratch {
+            Some(_) => None,
+            None => Some(Memory::new(context, stream, at.bytes)?),
+        };
+        let base = scratch.or(own.as_ref().map(Memory::ptr)).expect("one of the two");
+        let [unit, kh, vh, qh, xh, row] = [at.unit, at.kh, at.vh, at.qh, at.xh, at.row].map(|at| base + at);
+        let key_mean = p.key_mean.unwrap_or(base + at.key_mean);
+        // SAFETY: inside the scratch.
+        let ridge = unsafe { core.write_tables(&at.tables, base, p.ridge, stream)? };
+
+        let common =
+            |kernel: &Variants| core.by_query(&at.tables, base, core.options, kernel.block[0], p.bias);
+        let weights = Arguments::new()
+            .pointers([p.q.ptr, kh, unit, qh, key_mean, row, p.lse.unwrap_or(0)])
+            .then(&common(&self.weights))
+            .i32s([int(a.head_dim())])
+            .i64s([p.q.strides[0], p.q.strides[1]])
+            .i32s([p.q.strides[2] as i32])
+            .f32(a.scale() as f32)
+            .i32s([i32::from(p.lse.is_some())]);
+        let probe = p.probe.or(p.probe_out).unwrap_or(0);
+        let save = p.probe.is_none() && p.probe_out.is_some();
+        let [iterations, residual] = p.diagnostics.unwrap_or([0, 0]);
+        let solve = Arguments::new()
+            .pointers([qh, kh, unit, key_mean, row, xh, probe, 0, ridge.ptr, iterations, residual])
+            .then(&common(&self.solve))
+            .then(&core.solve_limits(ridge, save, p.diagnostics.is_some()));
+        let output = Arguments::new()
+            .pointers([qh, xh, kh, vh, unit, row, p.out.ptr])
+            .then(&common(&self.output))
+            .i32s([int(a.value_dim())])
+            .i64s([p.out.strides[0], p.out.strides[1]])
+            .i32s([p.out.strides[2] as i32]);
+        let marks = at.convert.marks().map(|at| base + at);
+        let poisoned = Arguments::new()
+            .pointers(marks)
+            .pointers([p.out.ptr, p.lse.unwrap_or(0)])
+            .then(&core.by_row(&at.tables, base))
+            .i32s([int(a.value_dim())])
+            .i64s([p.out.strides[0], p.out.strides[1]])
+            .i32s([p.out.strides[2] as i32, i32::from(p.lse.is_some())]);
+        let grid =
+            |kernel: &Variants| [side(core.heads()[0]), side(a.queries().div_ceil(kernel.block[0])), 1];
+        let keys = [a.batch(), a.kv_heads(), a.keys()];
+        let tensors = [(p.k, a.head_dim(), kh), (p.v, a.value_dim(), vh)];
+        let [bytes, out_bytes] = self.bytes;
+        // SAFETY: the arguments are those of the kernels' signatures in that order; the caller's memory is as large as
+        // described, the scratch as large as `scratch` laid out.
+        unsafe {
+            self.convert.launch(&at.convert, base, keys, core.padded_keys(), &tensors, unit, stream)?;
+            let q = aligned(&p.q, a.head_dim(), bytes);
+            self.weights.pick(q).launch(grid(&self.weights), &weights, stream)?;
+            self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
+            let out = aligned(&p.out, a.value_dim(), out_bytes);
+            self.output.pick(out).launch(grid(&self.output), &output, stream)?;
+            if poison {
+                self.poison.pick(true).launch(grid(&self.poison), &poisoned, stream)?;
+            }
+            Ok(())
+        }
+    }
+}

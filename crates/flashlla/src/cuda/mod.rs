@@ -1,0 +1,209 @@
+//! The engine for NVIDIA GPUs.
+//!
+//! The kernels are compiled ahead of time into a [`bundle::Bundle`], which is embedded when the library is built or read from
+//! a file at run time; beside it only the NVIDIA driver is needed, which is looked up when an engine is made.
+//!
+//! [`Cuda`] computes problems in host memory like the other engines. [`ForwardPlan`] and [`BackwardPlan`] do the same on device
+//! pointers and in the caller's stream, for bindings to frameworks that have their tensors on the GPU.
+//!
+//! # Numbers
+//!
+//! Inputs are `f32`, `bf16` or `f16`; `f64` is refused (the products run on fp16 tensor cores with `f32` sums, so that the
+//! other half of its digits would be lost silently). Keys and values are converted to fp16, scaled by a power of two per
+//! head: exact for `bf16` and `f16` keys whose range allows, 11 bits of `f32`.
+//!
+//! - [`Precision::Standard`](crate::Precision): search directions and probes in fp16.
+//! - [`Precision::High`](crate::Precision): in two fp16 terms, one more product per pass.
+//!
+//! [`Solver::Auto`](crate::Solver) runs conjugate gradients to [`STANDARD_TOLERANCE`] (or [`HIGH_TOLERANCE`]) and at most
+//! `D'` (`4 D'`) steps, D' being the head dimension rounded up to that of the kernels. Where a query has not converged by
+//! then, [`Cuda`] computes the problem again in high precision; a [`ForwardPlan`] does not, because it would have to wait for the
+//! residuals. The residuals say whether every solve converged.
+
+mod backward;
+pub mod bundle;
+mod driver;
+mod forward;
+mod host;
+mod plan;
+mod spoilt;
+
+pub use backward::{BackwardPlan, BackwardPointers};
+pub use driver::RawStream;
+pub use forward::{ForwardPlan, ForwardPointers};
+pub use plan::{DeviceBias, DeviceRidge, DeviceView, HIGH_TOLERANCE, PlanOptions, STANDARD_TOLERANCE};
+
+use crate::{Attention, Element, Error, Precision, Result};
+use bundle::{Bundle, Wanted};
+use driver::{Context, Function, Stream};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Names a bundle of kernels to use in place of the embedded one.
+pub const KERNELS_VARIABLE: &str = "FLASHLLA_KERNELS";
+
+/// The engine for one NVIDIA GPU. Clones share the GPU's context, memory and loaded kernels.
+///
+/// ```no_run
+/// use flashlla::{Attention, Cuda, Engine, View};
+/// let x: Vec<f32> = (0..4 * 8).map(|i| (i as f32).sin()).collect();
+/// let x = View::bnd(&x, [1, 4, 8])?;
+/// let attention = Attention::builder_for(&x, &x, &x).build()?;
+/// let forward = Cuda::new()?.forward(&attention.problem(x, x, x)?)?;
+/// assert_eq!(forward.out.shape(), [1, 1, 4, 8]);
+/// # Ok::<(), flashlla::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Cuda {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    bundle: Bundle,
+    architecture: String,
+    context: Arc<Context>,
+    /// By place in the bundle's index.
+    loaded: Mutex<HashMap<usize, Arc<Function>>>,
+    /// Streams that no call is using.
+    streams: Mutex<Vec<Stream>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Cuda {
+    /// On the first GPU, with the kernels that the environment variable [`KERNELS_VARIABLE`] names or else the embedded ones.
+    pub fn new() -> Result<Self> {
+        Self::on(0)
+    }
+
+    /// The same on the GPU numbered `device`.
+    pub fn on(device: usize) -> Result<Self> {
+        let bundle = match std::env::var_os(KERNELS_VARIABLE) {
+            Some(path) if !path.is_empty() => Some(Bundle::open(path)?),
+            _ => Bundle::embedded().transpose()?,
+        };
+        Self::make(bundle, device)
+    }
+
+    /// On the GPU numbered `device`, with the kernels in a file made by `cargo xtask kernels`.
+    pub fn with_bundle(path: impl AsRef<Path>, device: usize) -> Result<Self> {
+        Self::make(Some(Bundle::open(path)?), device)
+    }
+
+    fn make(bundle: Option<Bundle>, device: usize) -> Result<Self> {
+        let context = Context::open(device, bundle.as_ref().map_or(0, |b| b.index().driver))?;
+        let Some(bundle) = bundle else {
+            return Err(Error::Cuda {
+                problem: format!(
+                    "there are no GPU kernels: none are embedded, and {KERNELS_VARIABLE} is not set"
+                ),
+                remedy: format!(
+                    "make them with `cargo xtask kernels`, then set {KERNELS_VARIABLE} to the file or build again"
+                ),
+            });
+        };
+        let (major, minor) = context.capability();
+        let Some(architecture) = bundle.architecture_for((major, minor)).map(str::to_string) else {
+            return Err(Error::Cuda {
+                problem: format!(
+                    "the kernels in {} are for {}, but the {} is sm_{major}{minor}",
+                    bundle.origin(),
+                    bundle.architectures().join(", "),
+                    context.name(),
+                ),
+                remedy: format!("make them with `cargo xtask kernels --arch sm_{major}{minor}`"),
+            });
+        };
+        Ok(Self {
+            inner: Arc::new(Inner {
+                bundle,
+                architecture,
+                context: Arc::new(context),
+                loaded: Mutex::default(),
+                streams: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The GPU's name.
+    pub fn name(&self) -> &str {
+        self.inner.context.name()
+    }
+
+    /// The architecture of the kernels in use, such as `sm_90`.
+    pub fn architecture(&self) -> &str {
+        &self.inner.architecture
+    }
+
+    /// The newest CUDA version that the driver supports, as it numbers them (13000 is 13.0).
+    pub fn driver_version(&self) -> u32 {
+        self.inner.context.driver()
+    }
+
+    /// The kernels in use.
+    pub fn bundle(&self) -> &Bundle {
+        &self.inner.bundle
+    }
+
+    /// Makes a forward ready to run on device pointers: inputs stored as `T`, outputs as `O`. Loads the kernels that it
+    /// needs, if no call has needed them before.
+    pub fn forward_plan<T: Element, O: Element>(
+        &self,
+        attention: &Attention,
+        options: PlanOptions,
+    ) -> Result<ForwardPlan> {
+        ForwardPlan::new::<T, O>(&self.inner, attention, options, attention.precision() == Precision::High)
+    }
+
+    /// The same for a backward: inputs stored as `T`, the gradient of the outputs as `G`, the other gradients as `O`.
+    pub fn backward_plan<T: Element, G: Element, O: Element>(
+        &self,
+        attention: &Attention,
+        options: PlanOptions,
+    ) -> Result<BackwardPlan> {
+        let high = attention.precision() == Precision::High;
+        BackwardPlan::new::<T, G, O>(&self.inner, attention, options, high)
+    }
+}
+
+impl Inner {
+    /// A kernel, and the query rows and key rows of its blocks.
+    fn load(&self, wanted: Wanted) -> Result<(Arc<Function>, [usize; 2])> {
+        let Some(place) = self.bundle.find(&self.architecture, wanted) else {
+            let Wanted { entry, dtype, head_dim, high, bias, .. } = wanted;
+            let with = |yes: bool, what: &str| if yes { format!(", {what}") } else { String::new() };
+            return Err(Error::Cuda {
+                problem: format!(
+                    "the kernels in {} for {} lack {entry} (head dimension {head_dim}{}{}{})",
+                    self.bundle.origin(),
+                    self.architecture,
+                    with(!dtype.is_empty(), dtype),
+                    with(high, "high precision"),
+                    with(bias, "bias"),
+                ),
+                remedy: "make them anew with `cargo xtask kernels`".into(),
+            });
+        };
+        let kernel = &self.bundle.index().kernels[place];
+        let block = [kernel.block_queries, kernel.block_keys];
+        if let Some(function) = lock(&self.loaded).get(&place) {
+            return Ok((function.clone(), block));
+        }
+        // Loaded without the lock: other threads go on, and of two that load the same one is dropped.
+        let cubin = self.bundle.cubin(kernel);
+        let function = Arc::new(Function::load(&self.context, cubin, &format!("{}_entry", kernel.entry))?);
+        Ok((lock(&self.loaded).entry(place).or_insert(function).clone(), block))
+    }
+
+    /// A stream for the time of one call.
+    fn stream(&self) -> Result<Stream> {
+        match lock(&self.streams).pop() {
+            Some(stream) => Ok(stream),
+            None => Stream::new(&self.context),
+        }
+    }
+}

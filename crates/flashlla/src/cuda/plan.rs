@@ -1,0 +1,517 @@
+//! One [`Attention`] made ready for the GPU: what the forward's and the backward's plan have in common.
+
+use super::bundle::Wanted;
+use super::driver::{Arguments, Function, fill, upload};
+use super::{Inner, RawStream};
+use crate::{Attention, Element, Error, Result, Solver};
+use std::sync::Arc;
+
+/// Every token count is rounded up to this inside: a multiple of all tiles.
+const TOKENS: usize = 128;
+
+/// Relative residual that [`Solver::Auto`] aims for with [`Precision::Standard`]: what is left lies below the rounding of
+/// search directions to fp16 that this mode lives with.
+pub const STANDARD_TOLERANCE: f64 = 4e-3;
+/// The same with [`Precision::High`].
+pub const HIGH_TOLERANCE: f64 = 1e-4;
+
+/// Bits of the kernels' `options`.
+pub(super) mod option {
+    pub const CAUSAL: i32 = 1;
+    pub const WINDOW: i32 = 2;
+    pub const RANGES: i32 = 4;
+    pub const LEAVE_ONE_OUT: i32 = 8;
+    pub const PROBE_GIVEN: i32 = 16;
+    pub const HEAVY_FIRST: i32 = 32;
+    pub const RIGHT_HAND_SIDE: i32 = 64;
+}
+
+/// A tensor `[batch, head, token, dim]` in device memory, its dims side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceView {
+    /// The address of element (0, 0, 0, 0), aligned to its type.
+    pub ptr: u64,
+    /// Distances between neighbours along batch, head and token, in elements.
+    pub strides: [i64; 3],
+}
+
+/// A bias per key in device memory, `f32`, neighbouring keys side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceBias {
+    /// The address of the first batch's, first head's, first key's.
+    pub ptr: u64,
+    /// Distances between batches and between *query* heads, in elements; 0 where they share it.
+    pub strides: [i32; 2],
+}
+
+/// Ridges in device memory, `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceRidge {
+    /// The address of the first.
+    pub ptr: u64,
+    /// Distances between batches, query heads and queries, in elements; 0 where they share it.
+    pub strides: [i32; 3],
+}
+
+/// What a plan is made for beside the description.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Logits get a bias.
+    pub bias: bool,
+    /// Probes are given.
+    pub probe: bool,
+}
+
+/// The name of a storage type in the bundle.
+pub(super) fn dtype<T: Element>() -> Result<&'static str> {
+    match T::NAME {
+        "f64" => Err(Error::value("dtype", "f64", "f32, bf16 or f16 on a GPU (compute f64 on the CPU)")),
+        name => Ok(name),
+    }
+}
+
+/// Whether a tensor can be read and written 16 bytes at a time.
+pub(super) fn aligned(view: &DeviceView, cols: usize, bytes: usize) -> bool {
+    let whole = |n: u64| (n * bytes as u64).is_multiple_of(16);
+    view.ptr.is_multiple_of(16) && whole(cols as u64) && view.strides.iter().all(|s| whole(s.unsigned_abs()))
+}
+
+/// Places in one allocation, each aligned to 256 bytes.
+#[derive(Default)]
+pub(super) struct Places(pub usize);
+
+impl Places {
+    pub fn take(&mut self, bytes: usize) -> u64 {
+        let at = self.0;
+        self.0 = (at + bytes).next_multiple_of(256);
+        at as u64
+    }
+}
+
+/// A kernel in its two variants: for tensors that can be accessed 16 bytes at a time, and for any.
+#[derive(Debug)]
+pub(super) struct Variants {
+    aligned: Arc<Function>,
+    any: Arc<Function>,
+    /// Query rows and key rows of a tile block.
+    pub block: [usize; 2],
+}
+
+impl Variants {
+    pub fn pick(&self, aligned: bool) -> &Function {
+        if aligned { &self.aligned } else { &self.any }
+    }
+}
+
+/// A size as a kernel takes it.
+pub(super) fn int(n: usize) -> i32 {
+    i32::try_from(n).expect("sizes were checked when the plan was made")
+}
+
+/// A side of a grid.
+pub(super) fn side(n: usize) -> u32 {
+    u32::try_from(n).expect("sizes were checked when the plan was made")
+}
+
+/// What forward and backward have in common: the description, translated.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub engine: Arc<Inner>,
+    pub attention: Attention,
+    pub has: PlanOptions,
+    pub high: bool,
+    /// The head dimension of the kernels.
+    pub width: usize,
+    pub options: i32,
+    offset: i32,
+    window: i32,
+    /// First visible key and one past the last of every query, where causality and a window do not say it all. Neither
+    /// ever decreases from query to query.
+    ranges: Option<[Vec<i32>; 2]>,
+    ridge: Vec<f32>,
+    ridge_strides: [i32; 3],
+    pub tolerance: f64,
+    pub max_iters: i32,
+    /// Numbers of `ranges` by block, each with the block's size: see [`Core::block_bounds`].
+    bounds: Vec<(usize, Vec<i32>)>,
+}
+
+/// Where a core's tables lie in the scratch.
+pub(super) struct Tables {
+    ranges: [u64; 2],
+    bounds: Vec<u64>,
+    ridge: u64,
+}
+
+impl Core {
+    pub fn new(engine: &Arc<Inner>, attention: &Attention, has: PlanOptions, high: bool) -> Result<Self> {
+        let a = attention;
+        if a.solver() == Solver::Direct {
+            return Err(Error::value(
+                "solver",
+                "direct",
+                "auto or cg on a GPU (compute direct solves on the CPU)",
+            ));
+        }
+        let widths = engine.bundle.head_dims(&engine.architecture, "lla_solve");
+        let widest = widths.last().copied().unwrap_or(0);
+        let needed = a.head_dim().max(a.value_dim());
+        let Some(&width) = widths.iter().find(|&&w| w >= needed) else {
+            let (argument, given) = match a.head_dim() > widest {
+                true => ("head_dim", a.head_dim()),
+                false => ("value_dim", a.value_dim()),
+            };
+            return Err(Error::value(
+                argument,
+                given,
+                format!("at most {widest}, the widest of these GPU kernels"),
+            ));
+        };
+        // Rows are counted in 32 bits, and a grid's second side has 16.
+        let rows = a.batch() * a.heads() * a.queries().next_multiple_of(TOKENS) * 2;
+        let key_rows = a.batch() * a.kv_heads() * a.keys().next_multiple_of(TOKENS) * 2;
+        for (argument, tokens, rows) in [("queries", a.queries(), rows), ("keys", a.keys(), key_rows)] {
+            if rows > i32::MAX as usize || tokens > 64 * 65535 {
+                let (b, h) = (a.batch(), a.heads());
+                let allowed = format!("small enough on a GPU for batch {b} and {h} heads to have 2^30 rows");
+                return Err(Error::value(argument, tokens, allowed));
+            }
+        }
+        if a.batch() * a.heads() > 65535 {
+            return Err(Error::value(
+                "batch",
+                a.batch(),
+                "on a GPU, at most 65535 when multiplied by the query heads",
+            ));
+        }
+        let (options, offset, window, ranges) = translate_mask(a, has.probe);
+        let (tolerance, max_iters) = limits(a.solver(), high, width);
+        // Neither 0 nor infinite in f32; at such ridges nothing changes any more.
+        let ridge = a.ridge().values().iter().map(|x| x.clamp(1e-30, 1e30) as f32).collect();
+        let place = |b, h, n| a.ridge().index(b, h, n) as i32;
+        let step = |size: usize, next: [usize; 3]| {
+            if size > 1 { place(next[0], next[1], next[2]) } else { 0 }
+        };
+        let ridge_strides =
+            [step(a.batch(), [1, 0, 0]), step(a.heads(), [0, 1, 0]), step(a.queries(), [0, 0, 1])];
+        Ok(Self {
+            engine: engine.clone(),
+            attention: a.clone(),
+            has,
+            high,
+            width,
+            options,
+            offset,
+            window,
+            ranges,
+            ridge,
+            ridge_strides,
+            tolerance,
+            max_iters,
+            bounds: vec![],
+        })
+    }
+
+    /// A kernel for this width, in both variants.
+    pub fn find(&self, entry: &str, dtype: &str, high: bool, bias: bool) -> Result<Variants> {
+        let head_dim = self.width;
+        // Most kernels have a variant for any alignment; those that touch no tensor of the caller's only that.
+        let of = |aligned| self.engine.load(Wanted { entry, dtype, head_dim, high, bias, aligned });
+        let (any, block) = of(false)?;
+        let aligned = match of(true) {
+            Ok((aligned, same)) if same == block => aligned,
+            _ => any.clone(),
+        };
+        Ok(Variants { aligned, any, block })
+    }
+
+    /// Queries N', rounded up.
+    pub fn padded_queries(&self) -> usize {
+        self.attention.queries().next_multiple_of(TOKENS)
+    }
+
+    /// Keys M', rounded up; never none.
+    pub fn padded_keys(&self) -> usize {
+        self.attention.keys().max(1).next_multiple_of(TOKENS)
+    }
+
+    /// Query heads and KV heads of all batches.
+    pub fn heads(&self) -> [usize; 2] {
+        let a = &self.attention;
+        [a.batch() * a.heads(), a.batch() * a.kv_heads()]
+    }
+
+    /// The shape of mean keys and probes.
+    pub fn state_shape(&self) -> [usize; 4] {
+        let a = &self.attention;
+        [a.batch(), a.heads(), self.padded_queries(), self.width]
+    }
+
+    /// Makes ready for kernels with blocks of so many queries.
+    pub fn use_block(&mut self, block: usize) {
+        let Some([first, end]) = &self.ranges else { return };
+        if self.bounds.iter().any(|(b, _)| *b == block) {
+            return;
+        }
+        // Smallest and largest first key, smallest and largest end, of every block.
+        let bounds = first
+            .chunks(block)
+            .zip(end.chunks(block))
+            .flat_map(|(first, end)| [first[0], first[first.len() - 1], end[0], end[end.len() - 1]]);
+        self.bounds.push((block, bounds.collect()));
+    }
+
+    /// For every block of so many keys the first query that sees any of them and one past the last, where causality and a
+    /// window do not say it all.
+    pub fn queries_of_keys(&self, block: usize) -> Option<[Vec<i32>; 2]> {
+        let [first, end] = self.ranges.as_ref()?;
+        let blocks = self.attention.keys().div_ceil(block);
+        let begin = |j: usize| end.partition_point(|&e| e <= int(j * block)) as i32;
+        let finish = |j: usize| first.partition_point(|&f| f < int((j + 1) * block)) as i32;
+        Some([(0..blocks).map(begin).collect(), (0..blocks).map(finish).collect()])
+    }
+
+    pub fn place_tables(&self, places: &mut Places) -> Tables {
+        let len = self.ranges.as_ref().map_or(0, |[first, _]| first.len() * 4);
+        Tables {
+            ranges: [places.take(len), places.take(len)],
+            bounds: self.bounds.iter().map(|(_, bounds)| places.take(bounds.len() * 4)).collect(),
+            ridge: places.take(self.ridge.len() * 4),
+        }
+    }
+
+    /// Writes the tables into the scratch at `base`, and returns the ridges to use.
+    ///
+    /// # Safety
+    /// The scratch must be memory of the stream's, as large as was placed.
+    pub unsafe fn write_tables(
+        &self,
+        tables: &Tables,
+        base: u64,
+        given: Option<DeviceRidge>,
+        stream: RawStream,
+    ) -> Result<DeviceRidge> {
+        // SAFETY: the caller's.
+        unsafe {
+            if let Some(ranges) = &self.ranges {
+                for (at, values) in tables.ranges.iter().zip(ranges) {
+                    upload(base + at, values, stream)?;
+                }
+                for (at, (_, values)) in tables.bounds.iter().zip(&self.bounds) {
+                    upload(base + at, values, stream)?;
+                }
+            }
+            if let Some(given) = given {
+                return Ok(given);
+            }
+            let ptr = base + tables.ridge;
+            match self.ridge[..] {
+                [one] => fill(ptr, one.to_bits(), 1, stream)?,
+                _ => upload(ptr, &self.ridge, stream)?,
+            }
+            Ok(DeviceRidge { ptr, strides: self.ridge_strides })
+        }
+    }
+
+    /// The arguments from `options` to `range_batch`, which all kernels that look at pairs begin with.
+    fn pairs(&self, tables: &Tables, base: u64, options: i32) -> Arguments {
+        let a = &self.attention;
+        let [lo, hi] = tables.ranges.map(|at| base + at);
+        Arguments::new()
+            .i32s([options, int(a.heads()), int(a.kv_heads())])
+            .i32s([int(a.queries()), int(self.padded_queries()), int(a.keys()), int(self.padded_keys())])
+            .i32s([self.offset, self.window])
+            .pointers([lo, hi])
+            .i32s([0])
+    }
+
+    /// The arguments from `options` to `range_batch` of the kernel that only knows whole chunks of keys.
+    pub fn by_row(&self, tables: &Tables, base: u64) -> Arguments {
+        let a = &self.attention;
+        let [lo, hi] = tables.ranges.map(|at| base + at);
+        Arguments::new()
+            .i32s([self.options, int(a.heads()), int(a.kv_heads()), int(a.queries()), int(a.keys())])
+            .i32s([int(self.padded_keys()), self.offset, self.window])
+            .pointers([lo, hi])
+            .i32s([0])
+    }
+
+    fn bias(bias: Option<DeviceBias>) -> Arguments {
+        let bias = bias.unwrap_or(DeviceBias { ptr: 0, strides: [0, 0] });
+        Arguments::new().pointers([bias.ptr]).i32s(bias.strides)
+    }
+
+    /// The arguments from `options` to `bias_head` of a kernel with blocks of so many queries.
+    pub fn by_query(
+        &self,
+        tables: &Tables,
+        base: u64,
+        options: i32,
+        block: usize,
+        bias: Option<DeviceBias>,
+    ) -> Arguments {
+        let bounds = self.bounds.iter().position(|(b, _)| *b == block).map_or(0, |i| base + tables.bounds[i]);
+        self.pairs(tables, base, options).pointers([bounds]).i32s([0]).then(&Self::bias(bias))
+    }
+
+    /// The same of a kernel whose blocks are of keys.
+    pub fn by_key(&self, tables: &Tables, base: u64, options: i32, bias: Option<DeviceBias>) -> Arguments {
+        self.pairs(tables, base, options).then(&Self::bias(bias))
+    }
+
+    /// The last arguments of the solve: ridges, tolerance, limits, what to write.
+    pub fn solve_limits(&self, ridge: DeviceRidge, save: bool, diagnostics: bool) -> Arguments {
+        Arguments::new().i32s(ridge.strides).f32((self.tolerance * self.tolerance) as f32).i32s([
+            self.max_iters,
+            i32::from(save),
+            i32::from(diagnostics),
+        ])
+    }
+
+    /// Whether a bias is there exactly if one was planned, and token strides fit.
+    pub fn check(&self, has: PlanOptions, views: &[(&'static str, DeviceView)]) -> Result<()> {
+        for (argument, given, planned) in
+            [("bias", has.bias, self.has.bias), ("probe", has.probe, self.has.probe)]
+        {
+            if given != planned {
+                let say = |there: bool| if there { "given" } else { "none" };
+                return Err(Error::value(
+                    argument,
+                    say(given),
+                    format!("{}, as the plan says", say(planned)),
+                ));
+            }
+        }
+        match views.iter().find(|(_, view)| i32::try_from(view.strides[2]).is_err()) {
+            Some((argument, view)) => {
+                Err(Error::value(argument, view.strides[2], "a token stride below 2^31 on a GPU"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Converts tensors to fp16 rows with a unit per head: two launches.
+#[derive(Debug)]
+pub(super) struct Convert {
+    range: Variants,
+    convert: Variants,
+    bytes: usize,
+}
+
+/// Memory that [`Convert`] works in, for up to two tensors.
+pub(super) struct ConvertScratch {
+    amax: u64,
+    bad: u64,
+    bad_row: u64,
+}
+
+impl ConvertScratch {
+    /// Where it marks what is not finite: chunks, and rows.
+    pub fn marks(&self) -> [u64; 2] {
+        [self.bad, self.bad_row]
+    }
+}
+
+impl Convert {
+    pub fn new(core: &Core, dtype: &str) -> Result<Self> {
+        let bytes = if dtype == "f32" { 4 } else { 2 };
+        let (range, convert) =
+            (core.find("lla_range", dtype, false, false)?, core.find("lla_convert", dtype, false, false)?);
+        assert_eq!(range.block[0], convert.block[0], "both go through the same chunks");
+        Ok(Self { range, convert, bytes })
+    }
+
+    /// Places for tensors of `rows` padded rows in all heads.
+    pub fn place(&self, rows: usize, places: &mut Places) -> ConvertScratch {
+        let chunks = rows / self.range.block[0] * 4;
+        ConvertScratch {
+            amax: places.take(2 * chunks),
+            bad: places.take(2 * chunks),
+            bad_row: places.take(2 * rows * 4),
+        }
+    }
+
+    /// Converts one tensor, or two of the same heads and tokens, to `out`; their units go to `unit` and behind.
+    ///
+    /// # Safety
+    /// All memory must be of the stream's and as large as described.
+    #[allow(clippy::too_many_arguments)]
+    pub unsafe fn launch(
+        &self,
+        scratch: &ConvertScratch,
+        base: u64,
+        [batch, heads, tokens]: [usize; 3],
+        padded: usize,
+        tensors: &[(DeviceView, usize, u64)],
+        unit: u64,
+        stream: RawStream,
+    ) -> Result<()> {
+        let (a, b) = (tensors[0], tensors[tensors.len() - 1]);
+        let shape = Arguments::new()
+            .i32s([int(heads), int(tokens), int(a.1), int(b.1)])
+            .i64s([a.0.strides[0], a.0.strides[1]])
+            .i32s([a.0.strides[2] as i32])
+            .i64s([b.0.strides[0], b.0.strides[1]])
+            .i32s([b.0.strides[2] as i32]);
+        let [amax, bad, bad_row] = [scratch.amax, scratch.bad, scratch.bad_row].map(|at| base + at);
+        let range = Arguments::new().pointers([a.0.ptr, b.0.ptr, amax, bad, bad_row]).then(&shape);
+        let convert = Arguments::new().pointers([a.0.ptr, b.0.ptr, amax, a.2, b.2, unit]).then(&shape);
+        let grid = [side(padded / self.range.block[0]), side(batch * heads), side(tensors.len())];
+        // Bulk copies need a row in every chunk, and there are chunks of nothing but padding.
+        let aligned = tokens + self.range.block[0] > padded
+            && tensors.iter().all(|(view, cols, _)| aligned(view, *cols, self.bytes));
+        // SAFETY: the arguments are those of the kernels' signatures; the caller vouches for the memory.
+        unsafe {
+            self.range.pick(aligned).launch(grid, &range, stream)?;
+            self.convert.pick(aligned).launch(grid, &convert, stream)
+        }
+    }
+}
+
+/// Options, offset, window and key ranges as the kernels take them.
+fn translate_mask(a: &Attention, probe: bool) -> (i32, i32, i32, Option<[Vec<i32>; 2]>) {
+    let mask = a.mask();
+    let mut options = option::HEAVY_FIRST * i32::from(mask.is_causal());
+    if probe {
+        options |= option::PROBE_GIVEN;
+    }
+    // Positions are counted in 32 bits with room to add a window.
+    let far = mask.offset().unsigned_abs() > 1 << 29;
+    if mask.is_leave_one_out() && !far {
+        options |= option::LEAVE_ONE_OUT; // a far-off query has no key of its own
+    }
+    let offset = if far { 0 } else { mask.offset() as i32 };
+    if mask.sequences().is_none() && !far {
+        options |= option::CAUSAL * i32::from(mask.is_causal());
+        options |= option::WINDOW * i32::from(mask.window_len().is_some());
+        let window = mask.window_len().map_or(0, |w| w.min(1 << 30) as i32);
+        return (options, offset, window, None);
+    }
+    options |= option::RANGES;
+    let mut last = (0, 0);
+    let ranges = (0..a.queries()).map(|i| {
+        let visible = mask.visible(i, a.keys());
+        // A query that sees nothing has its empty range where its neighbour looks, not at key 0: a block reads from the
+        // smallest start to the largest end of its rows.
+        last = match visible.start == visible.end {
+            true => (last.1, last.1),
+            false => (visible.start as i32, visible.end as i32),
+        };
+        last
+    });
+    let (first, end) = ranges.unzip();
+    (options, offset, 0, Some([first, end]))
+}
+
+/// Residual to reach and most steps.
+fn limits(solver: Solver, high: bool, width: usize) -> (f64, i32) {
+    let (tolerance, steps) = if high { (HIGH_TOLERANCE, 4 * width) } else { (STANDARD_TOLERANCE, width) };
+    let (tolerance, steps) = match solver {
+        Solver::Auto { tolerance: t, max_iters } => (t.unwrap_or(tolerance), max_iters.unwrap_or(steps)),
+        Solver::Cg { tolerance, max_iters } => (tolerance, max_iters),
+        Solver::Direct => unreachable!("refused before"),
+    };
+    // Squared in f32: not below its smallest normal number.
+    (tolerance.max(1e-7), i32::try_from(steps).unwrap_or(i32::MAX))
+}
