@@ -1,0 +1,184 @@
+"""Launches the FlashLLA cubins on PyTorch tensors through CuPy: what the Rust engine does, in a few lines, for checks and timings."""
+import math
+import os
+
+import cupy
+import numpy as np
+import torch
+
+CAUSAL, WINDOW, RANGES, LEAVE_ONE_OUT, GIVEN, HEAVY_FIRST = (1 << i for i in range(6))
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+i32, i64, f32 = np.int32, np.int64, np.float32
+
+
+def ptr(tensor):
+    return np.uint64(0 if tensor is None else tensor.data_ptr())
+
+
+def aligned(x):
+    """Whether `x` can be read 16 bytes at a time."""
+    step = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(s % step == 0 for s in x.stride()[:-1]) and x.shape[-1] % step == 0
+
+
+def up(x, to):
+    return (x + to - 1) // to * to
+
+
+class Kernels:
+    """Cubins of one folder, loaded when first used."""
+
+    def __init__(self, folder):
+        self.folder, self.loaded = folder, {}
+
+    def __call__(self, name, entry, grid, args):
+        if name not in self.loaded:
+            module = cupy.RawModule(path=os.path.join(self.folder, name + ".cubin"))
+            self.loaded[name] = module.get_function(entry + "_entry")
+        self.loaded[name](grid, (1, 1, 1), args)
+
+    def convert(self, a, b, pad):
+        """[B, H, n, d] tensors (b may be None) to padded fp16 rows and their units."""
+        (batch, heads, rows, cols), two = a.shape, 1 if b is None else 2
+        padded = up(rows, 128)
+        chunks = padded // 64
+        dev = a.device
+        amax = torch.empty(2, batch * heads, chunks, device=dev)
+        bad = torch.empty_like(amax)
+        bad_row = torch.empty(2, batch * heads, padded, device=dev)
+        unit = torch.empty(2, batch * heads, device=dev)
+        out = torch.empty(2, batch * heads, padded, pad, device=dev, dtype=torch.float16)
+        c = a if b is None else b
+        shape = [i32(heads), i32(rows), i32(cols), i32(c.shape[-1]),
+                 i64(a.stride(0)), i64(a.stride(1)), i32(a.stride(2)), i64(c.stride(0)), i64(c.stride(1)), i32(c.stride(2))]
+        grid, kind = (chunks, batch * heads, two), f"{NAMES[a.dtype]}_{pad}_a{int(aligned(a) and aligned(c))}"
+        self(f"lla_range_{kind}", "lla_range", grid, [ptr(a), ptr(c), ptr(amax), ptr(bad), ptr(bad_row)] + shape)
+        self(f"lla_convert_{kind}", "lla_convert", grid, [ptr(a), ptr(c), ptr(amax), ptr(out[0]), ptr(out[1]), ptr(unit)] + shape)
+        return out, unit, bad, bad_row
+
+    def forward(self, tiles, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
+                scale=None, tol=4e-3, cap=64, save=False, diagnostics=False, out=None, high=False, rhs=None):
+        """`tiles`: name suffixes (query rows first, as in m64_n64_d64_w4_o2_l0) of the weights, solve and output kernels."""
+        batch, heads, n, d = q.shape
+        kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
+        pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
+        kvh, unit, bad, bad_row = self.convert(k, v, pad)
+        np_, mp = up(n, 128), up(m, 128)
+        out = torch.empty(batch, heads, n, dv, device=dev, dtype=q.dtype) if out is None else out
+        options = (CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self
+                   | GIVEN * (given is not None) | HEAVY_FIRST * causal)
+        lse = torch.empty(rows, n, device=dev) if save else None
+        key_mean = torch.empty(rows, np_, pad, device=dev)
+        probe = torch.empty(rows, np_, pad, device=dev) if save else given
+        qh = torch.empty(rows, np_, pad, device=dev, dtype=torch.float16)
+        xh = torch.empty(1 + high, rows, np_, pad, device=dev, dtype=torch.float16)
+        row = torch.empty(8, rows, np_, device=dev)
+        its = torch.empty(rows, n, device=dev, dtype=torch.int32) if diagnostics else None
+        res = torch.empty(rows, n, device=dev) if diagnostics else None
+        lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
+        lam = lam.expand(batch, heads, n) if lam.dim() == 0 else lam
+        lo, hi = ranges if ranges is not None else (None, None)
+        scale = d ** -0.5 if scale is None else scale
+        bounds = None
+        if ranges is not None:
+            tail = up(n, 64) - n
+            low, high = (torch.nn.functional.pad(t[None].float(), (0, tail), mode="replicate")[0].int().view(-1, 64) for t in ranges)
+            bounds = torch.stack([low.amin(1), low.amax(1), high.amin(1), high.amax(1)], 1).contiguous()
+        common = [i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
+                  i32(0), ptr(bounds), i32(0),
+                  ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
+        h, b = int(high), int(bias is not None)
+        bm = [int(t.split("_")[0][1:]) for t in tiles]
+        grid = [(rows, -(-n // x)) for x in bm]
+        self(f"weights_{NAMES[q.dtype]}_{tiles[0]}_h0_b{b}", "lla_weights", grid[0],
+             [ptr(q), ptr(kvh[0]), ptr(unit), ptr(qh), ptr(key_mean), ptr(row), ptr(lse)] + common
+             + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(save)])
+        self(f"solve_{tiles[1]}_h{h}_b{b}", "lla_solve", grid[1],
+             [ptr(qh), ptr(kvh[0]), ptr(unit), ptr(key_mean), ptr(row), ptr(xh), ptr(probe), ptr(rhs), ptr(lam), ptr(its), ptr(res)] + common
+             + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(save), i32(diagnostics)])
+        self(f"output_{NAMES[q.dtype]}_{tiles[2]}_h{h}_b{b}", "lla_output", grid[2],
+             [ptr(qh), ptr(xh), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(row), ptr(out)] + common
+             + [i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2))])
+        return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res, unit=unit, kvh=kvh, bad=bad, bad_row=bad_row,
+                    qh=qh, xh=xh, row=row)
+
+
+def visible(n, m, causal=True, window=None, offset=0, ranges=None, skip_self=False, device="cuda"):
+    """[n, m] mask of the keys that each query sees."""
+    pos = torch.arange(n, device=device)[:, None] + offset
+    key = torch.arange(m, device=device)[None]
+    mask = torch.ones(n, m, dtype=torch.bool, device=device)
+    if causal:
+        mask &= key <= pos
+    if window is not None:
+        mask &= key > pos - window
+    if ranges is not None:
+        mask = (key >= ranges[0][:, None]) & (key < ranges[1][:, None])
+    if skip_self:
+        mask &= key != pos
+    return mask
+
+
+def reference(q, k, v, ridge, mask, scale=None, bias=None, given=None, rows=None):
+    """Dense float64 by the covariance form; `rows` limits the queries."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lam = ridge.double() if torch.is_tensor(ridge) else torch.full(q.shape[:3], float(ridge), device=q.device, dtype=torch.float64)
+    lam = lam.expand(q.shape[:3])
+    rows = torch.arange(q.shape[2], device=q.device) if rows is None else rows
+    outs, probes, lses = [], [], []
+    eye = torch.eye(q.shape[-1], device=q.device, dtype=torch.float64)
+    for part in rows.split(256):
+        qs, ms = q[:, :, part], mask[part]
+        s = scale * qs @ k.transpose(-1, -2)
+        if bias is not None:
+            s = s + bias.double()[:, :, None, :]
+        s = s.masked_fill(~ms, -math.inf)
+        lse = s.logsumexp(-1)
+        p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0)[..., None])
+        kb, vb = p @ k, p @ v
+        x = torch.zeros_like(qs)
+        if given is not None:
+            x = given.double()[:, :, part]
+        else:
+            for b in range(q.shape[0]):
+                for h in range(q.shape[1]):
+                    c = torch.einsum("ij,jd,je->ide", p[b, h], k[b, h], k[b, h]) - kb[b, h][:, :, None] * kb[b, h][:, None, :]
+                    x[b, h] = torch.linalg.solve(c + lam[b, h, part][:, None, None] * eye, kb[b, h] - qs[b, h])
+        a = 1 + (x * kb).sum(-1, keepdim=True) - x @ k.transpose(-1, -2)
+        outs.append(torch.where(ms.any(-1)[:, None], (p * a) @ v, 0))
+        probes.append(x)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(probes, 2), torch.cat(lses, 2)
+
+
+def error(got, want):
+    """Relative Frobenius error; NaN if either holds one."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def graph_ms(f, repeats=11):
+    """Median time of one call, from replays of a captured graph: free of the host's launch cost."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream):
+        f()
+        f()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            f()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        graph.replay()
+        graph.replay()
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b) / 2)
+    return float(np.median(times))
