@@ -58,7 +58,7 @@ class Kernels:
 
     def forward(self, tiles, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
                 scale=None, tol=4e-3, cap=64, save=False, diagnostics=False, out=None, high=False, rhs=None):
-        """`tiles`: name suffixes (query rows first, as in m64_n64_d64_w4_o2_l0) of the weights, solve and output kernels."""
+        """`tiles`: name suffixes (query rows first, as in m64_n64_d64_w4_o2; the same query rows in all) of the weights, solve and output kernels."""
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
@@ -77,13 +77,8 @@ class Kernels:
         res = torch.empty(rows, n, device=dev) if diagnostics else None
         lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
         lam = lam.expand(batch, heads, n) if lam.dim() == 0 else lam
-        lo, hi = ranges if ranges is not None else (None, None)
+        lo, hi, bounds = block_ranges(ranges, n, int(tiles[0].split("_")[0][1:]))
         scale = d ** -0.5 if scale is None else scale
-        bounds = None
-        if ranges is not None:
-            tail = up(n, 64) - n
-            low, high = (torch.nn.functional.pad(t[None].float(), (0, tail), mode="replicate")[0].int().view(-1, 64) for t in ranges)
-            bounds = torch.stack([low.amin(1), low.amax(1), high.amin(1), high.amax(1)], 1).contiguous()
         common = [i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
                   i32(0), ptr(bounds), i32(0),
                   ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
@@ -101,6 +96,98 @@ class Kernels:
              + [i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2))])
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res, unit=unit, kvh=kvh, bad=bad, bad_row=bad_row,
                     qh=qh, xh=xh, row=row)
+
+    def backward(self, tiles, q, k, v, grad, saved, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, bias=None,
+                 scale=None, tol=4e-3, cap=64):
+        """`tiles` of mix, solve, backward query, backward key; `saved` is what forward(save=True) gave."""
+        batch, heads, n, d = q.shape
+        kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
+        pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
+        np_, mp = up(n, 128), up(m, 128)
+        scale = d ** -0.5 if scale is None else scale
+        kvh, unit, _, _ = self.convert(k, v, pad)
+        qgh, q_unit, _, _ = self.convert(q, grad, pad)
+        x = saved["probe"]
+        xh, x_unit, _, _ = self.convert(x.view(batch, heads, np_, pad), None, pad)
+        options = CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self | HEAVY_FIRST * causal
+        lo, hi, bounds = block_ranges(ranges, n, int(tiles[0].split("_")[0][1:]))
+        lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
+        lam = lam.expand(batch, heads, n) if lam.dim() == 0 else lam
+        h, b = 0, int(bias is not None)
+
+        def common(extra=0):
+            return [i32(options | extra), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
+                    i32(0), ptr(bounds), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
+        bm = [int(t.split("_")[0][1:]) for t in tiles]
+        bn = int(tiles[3].split("_")[1][1:])
+        grid = [(rows, -(-n // r)) for r in bm]
+        row = torch.empty(8, rows, np_, device=dev)
+        c, y = torch.empty(2, rows, np_, pad, device=dev)
+        scratch = torch.empty(rows, np_, pad, device=dev, dtype=torch.float16)
+        self(f"mix_{tiles[0]}_h0_b{b}", "lla_mix", grid[0],
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(saved["key_mean"]), ptr(c), ptr(row)]
+             + common() + [f32(scale)])
+        self(f"solve_{tiles[1]}_h0_b{b}", "lla_solve", grid[1],
+             [ptr(qgh[0]), ptr(kvh[0]), ptr(unit), ptr(saved["key_mean"]), ptr(row), ptr(scratch), ptr(y), ptr(c), ptr(lam), ptr(None), ptr(None)]
+             + common(64) + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(1), i32(0)])
+        yh, y_unit, _, _ = self.convert(y.view(batch, heads, np_, pad), None, pad)
+        dq, dk, dvv = torch.empty(q.shape, device=dev, dtype=q.dtype), torch.empty(k.shape, device=dev, dtype=k.dtype), torch.empty(v.shape, device=dev, dtype=v.dtype)
+        dridge, dscale = torch.empty(2, rows, n, device=dev)
+        dbias = torch.empty(rows, m, device=dev) if b else None
+        self(f"bquery_{NAMES[q.dtype]}_{tiles[2]}_h0_b{b}", "lla_backward_query", grid[2],
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit),
+              ptr(saved["key_mean"]), ptr(x), ptr(y), ptr(row), ptr(dq), ptr(dridge), ptr(dscale)]
+             + common() + [i32(d), i64(dq.stride(0)), i64(dq.stride(1)), i32(dq.stride(2)), f32(scale)])
+        first = end = None
+        blocks = -(-m // bn)
+        if ranges is not None:
+            seen = visible(n, m, ranges=ranges, device=dev)
+            seen = torch.nn.functional.pad(seen, (0, blocks * bn - m)).view(n, blocks, bn).any(-1)
+            index = torch.arange(n, device=dev)[:, None]
+            first = torch.where(seen, index, n).amin(0).int().contiguous()
+            end = torch.where(seen, index + 1, 0).amax(0).int().contiguous()
+        self(f"bkey_{NAMES[q.dtype]}_{tiles[3]}_h0_b{b}", "lla_backward_key", (batch * kv_heads, blocks),
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit), ptr(row),
+              ptr(dk), ptr(dvv), ptr(dbias), ptr(first), ptr(end), i32(0), i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp),
+              i32(offset), i32(window or 0), ptr(lo), ptr(hi), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)),
+              i32(0 if bias is None else bias.stride(1)), i32(d), i32(dv), i64(dk.stride(0)), i64(dk.stride(1)), i32(dk.stride(2)),
+              i64(dvv.stride(0)), i64(dvv.stride(1)), i32(dvv.stride(2)), f32(scale)])
+        return dict(dq=dq, dk=dk, dv=dvv, dridge=dridge.view(batch, heads, n), dscale=dscale.view(batch, heads, n), dbias=dbias)
+
+
+def block_ranges(ranges, n, block):
+    """Per-query first and end keys, and their bounds per block of queries."""
+    if ranges is None:
+        return None, None, None
+    lo, hi = ranges
+    low, high = (torch.cat([t, t[-1:].expand(up(n, block) - n)]).view(-1, block) for t in ranges)
+    return lo, hi, torch.stack([low.amin(1), low.amax(1), high.amin(1), high.amax(1)], 1).int().contiguous()
+
+
+def gradients(q, k, v, grad, ridge, mask, scale=None, bias=None):
+    """Float64 gradients by automatic differentiation of the dense form."""
+    leaves = [t.double().detach().requires_grad_() for t in (q, k, v)]
+    lam = (ridge.double() if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=q.device, dtype=torch.float64)).expand(q.shape[:3]).clone().requires_grad_()
+    sc = torch.tensor(q.shape[-1] ** -0.5 if scale is None else scale, device=q.device, dtype=torch.float64, requires_grad=True)
+    bd = None if bias is None else bias.double().detach().requires_grad_()
+    group = q.shape[1] // k.shape[1]
+    qq, kk, vv = leaves[0], leaves[1].repeat_interleave(group, 1), leaves[2].repeat_interleave(group, 1)
+    s = sc * qq @ kk.transpose(-1, -2)
+    if bd is not None:
+        s = s + bd[:, :, None, :]
+    p = torch.softmax(s.masked_fill(~mask, -math.inf), -1)
+    kb = p @ kk
+    eye = torch.eye(q.shape[-1], device=q.device, dtype=torch.float64)
+    total = 0
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            z = p[b, h][:, :, None] * kk[b, h][None]
+            cov = z.transpose(1, 2) @ kk[b, h] - kb[b, h][:, :, None] * kb[b, h][:, None, :]
+            x = torch.linalg.solve(cov + lam[b, h][:, None, None] * eye, kb[b, h] - qq[b, h])
+            a = 1 + (x * kb[b, h]).sum(-1, keepdim=True) - x @ kk[b, h].T
+            total = total + (((p[b, h] * a) @ vv[b, h]) * grad[b, h].double()).sum()
+    wanted = leaves + [lam, sc] + ([] if bd is None else [bd])
+    return torch.autograd.grad(total, wanted)
 
 
 def visible(n, m, causal=True, window=None, offset=0, ranges=None, skip_self=False, device="cuda"):

@@ -93,23 +93,24 @@ pub mod solve {
         let qt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(qh, grid.0 * np);
         let qp: Partition<f16, { [BM, D] }> = qt0.partition(const_shape![BM, D]);
         let tq: Tile<f16, { [BM, D] }> = qp.load([tile, 0i32]);
-        let sc_true: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, at_row), 1i32, BM);
+        let sc_true: Tile<f32, { [BM, 1] }> = load_rowwise_product::<BM>(slice::<f32>(row, at_row), 1i32, BM);
         let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
         if BIAS == 1i32 {
             sc = one;
         }
-        let shift: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
-        let qu: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, all_rows + all_rows + at_row), 1i32, BM);
+        let shift: Tile<f32, { [BM, 1] }> = load_rowwise_product::<BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
+        let qu: Tile<f32, { [BM, 1] }> = load_rowwise_product::<BM>(slice::<f32>(row, all_rows + all_rows + at_row), 1i32, BM);
         let mt0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(key_mean, grid.0 * np);
         let mp0: Partition<f32, { [BM, D] }> = mt0.partition(const_shape![BM, D]);
         let kbar: Tile<f32, { [BM, D] }> = as_product::<BM, D>(mp0.load([tile, 0i32]));
         let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
-        let lam: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(
+        let lam: Tile<f32, { [BM, 1] }> = load_rowwise_product::<BM>(
             slice::<f32>(ridge, wide(batch) * wide(ridge_batch) + wide(head) * wide(ridge_head) + wide(first) * wide(ridge_row)), ridge_row, rows);
         let zero_i: Tile<i32, { [BM, 1] }> = constant(0i32, const_shape![BM, 1]);
         let one_i: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
         let inv_ku: Tile<f32, { [BM, 1] }> = one / kun;
-        let mut x: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let origin: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let mut x: Tile<f32, { [BM, D] }> = origin;
         let mut count: Tile<i32, { [BM, 1] }> = zero_i;
         let mut res: Tile<f32, { [BM, 1] }> = zero;
         // Bound of |p alpha| in the output, from which its fp16 scale follows.
@@ -131,9 +132,7 @@ pub mod solve {
             }
             let mut dir: Tile<f32, { [BM, D] }> = r;
             let rr0: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(r, r);
-            // A row with one visible key, or none, has nothing to solve.
-            let single: Tile<bool, { [BM, 1] }> = gt_tile(row_hi - row_lo, zero_i) & gt_tile(rr0, least);
-            let rr0: Tile<f32, { [BM, 1] }> = select(single, rr0, zero);
+            let rr0: Tile<f32, { [BM, 1] }> = select(gt_tile(rr0, least), rr0, zero);
             let mut rr: Tile<f32, { [BM, 1] }> = rr0;
             let thr: Tile<f32, { [BM, 1] }> = rr0 * broadcast_scalar(tolerance2, const_shape![BM, 1]);
             let tiny: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);

@@ -145,6 +145,14 @@ pub mod tiles {
         t.reshape(const_shape![R, 1])
     }
 
+    /// The same as a column, in the layout that row sums of products have.
+    pub unsafe fn load_rowwise_product<const R: i32>(base: PointerTile<*mut f32, { [] }>, stride: i32, rows: i32) -> Tile<f32, { [R, 1] }> {
+        let t: Tile<f32, { [R, 1] }> = load_rowwise::<f32, R>(base, stride, rows);
+        let t: Tile<f32, { [R, 16] }> = as_product::<R, 16>(t.broadcast(const_shape![R, 16]));
+        let t: Tile<f32, { [R] }> = reduce_max(t, 1i32);
+        t.reshape(const_shape![R, 1])
+    }
+
     /// Writes the first `rows` values of a contiguous column.
     pub unsafe fn store_column<E: ElementType, const R: i32>(
         base: PointerTile<*mut E, { [] }>,
