@@ -1,6 +1,7 @@
 """Launches the FlashLLA cubins on PyTorch tensors through CuPy: what the Rust engine does, in a few lines, for checks and timings."""
 import math
 import os
+import re
 
 import cupy
 import numpy as np
@@ -30,6 +31,17 @@ class Kernels:
 
     def __init__(self, folder):
         self.folder, self.loaded = folder, {}
+        self.names = [f[:-6] for f in sorted(os.listdir(folder)) if f.endswith(".cubin")]
+
+    def find(self, entry, dtype, d, high=False, bias=False, is_aligned=False):
+        """(name, query rows, key rows) of the variant, the unaligned one where no aligned one was compiled."""
+        kind = f"_{dtype}" if dtype else ""
+        for a in ([1] if is_aligned else []) + [0]:
+            pattern = re.compile(rf"{entry}{kind}_m(\d+)_n(\d+)_d{d}_h{int(high)}_b{int(bias)}_a{a}")
+            for name in self.names:
+                if match := pattern.fullmatch(name):
+                    return name, int(match[1]), int(match[2])
+        raise KeyError(f"no {entry} for {dtype} d={d} high={high} bias={bias} in {self.folder}")
 
     def __call__(self, name, entry, grid, args):
         if name not in self.loaded:
@@ -51,14 +63,13 @@ class Kernels:
         c = a if b is None else b
         shape = [i32(heads), i32(rows), i32(cols), i32(c.shape[-1]),
                  i64(a.stride(0)), i64(a.stride(1)), i32(a.stride(2)), i64(c.stride(0)), i64(c.stride(1)), i32(c.stride(2))]
-        grid, kind = (chunks, batch * heads, two), f"{NAMES[a.dtype]}_{pad}_a{int(aligned(a) and aligned(c))}"
+        grid, kind = (chunks, batch * heads, two), f"{NAMES[a.dtype]}_d{pad}_a{int(aligned(a) and aligned(c))}"
         self(f"lla_range_{kind}", "lla_range", grid, [ptr(a), ptr(c), ptr(amax), ptr(bad), ptr(bad_row)] + shape)
         self(f"lla_convert_{kind}", "lla_convert", grid, [ptr(a), ptr(c), ptr(amax), ptr(out[0]), ptr(out[1]), ptr(unit)] + shape)
         return out, unit, bad, bad_row
 
-    def forward(self, tiles, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
+    def forward(self, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
                 scale=None, tol=4e-3, cap=64, save=False, diagnostics=False, out=None, high=False, rhs=None):
-        """`tiles`: name suffixes (query rows first, as in m64_n64_d64_w4_o2; the same query rows in all) of the weights, solve and output kernels."""
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
@@ -69,7 +80,7 @@ class Kernels:
                    | GIVEN * (given is not None) | HEAVY_FIRST * causal)
         lse = torch.empty(rows, n, device=dev) if save else None
         key_mean = torch.empty(rows, np_, pad, device=dev)
-        probe = torch.empty(rows, np_, pad, device=dev) if save else given
+        probe = given if given is not None else torch.empty(rows, np_, pad, device=dev) if save else None
         qh = torch.empty(rows, np_, pad, device=dev, dtype=torch.float16)
         xh = torch.empty(1 + high, rows, np_, pad, device=dev, dtype=torch.float16)
         row = torch.empty(8, rows, np_, device=dev)
@@ -77,29 +88,35 @@ class Kernels:
         res = torch.empty(rows, n, device=dev) if diagnostics else None
         lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
         lam = lam.expand(batch, heads, n) if lam.dim() == 0 else lam
-        lo, hi, bounds = block_ranges(ranges, n, int(tiles[0].split("_")[0][1:]))
+        lo, hi, bounds = block_ranges(ranges, n, 64)
         scale = d ** -0.5 if scale is None else scale
         common = [i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
                   i32(0), ptr(bounds), i32(0),
                   ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
-        h, b = int(high), int(bias is not None)
-        bm = [int(t.split("_")[0][1:]) for t in tiles]
-        grid = [(rows, -(-n // x)) for x in bm]
-        self(f"weights_{NAMES[q.dtype]}_{tiles[0]}_h0_b{b}", "lla_weights", grid[0],
+        kind, has = NAMES[q.dtype], bias is not None
+        weights, wm, _ = self.find("lla_weights", kind, pad, False, has, aligned(q))
+        solve, sm, _ = self.find("lla_solve", "", pad, high, has)
+        output, om, _ = self.find("lla_output", kind, pad, high, has, aligned(out))
+        assert wm == sm == om == 64
+        grid = (rows, -(-n // 64))
+        self(weights, "lla_weights", grid,
              [ptr(q), ptr(kvh[0]), ptr(unit), ptr(qh), ptr(key_mean), ptr(row), ptr(lse)] + common
              + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(save)])
-        self(f"solve_{tiles[1]}_h{h}_b{b}", "lla_solve", grid[1],
+        self(solve, "lla_solve", grid,
              [ptr(qh), ptr(kvh[0]), ptr(unit), ptr(key_mean), ptr(row), ptr(xh), ptr(probe), ptr(rhs), ptr(lam), ptr(its), ptr(res)] + common
-             + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(save), i32(diagnostics)])
-        self(f"output_{NAMES[q.dtype]}_{tiles[2]}_h{h}_b{b}", "lla_output", grid[2],
+             + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(save and given is None), i32(diagnostics)])
+        self(output, "lla_output", grid,
              [ptr(qh), ptr(xh), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(row), ptr(out)] + common
              + [i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2))])
+        self(f"lla_poison_{kind}_d{pad}", "lla_poison", grid,
+             [ptr(bad), ptr(bad_row), ptr(out), ptr(lse), i32(options), i32(heads), i32(kv_heads), i32(n), i32(m), i32(mp), i32(offset), i32(window or 0),
+              ptr(lo), ptr(hi), i32(0), i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2)), i32(save)])
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res, unit=unit, kvh=kvh, bad=bad, bad_row=bad_row,
                     qh=qh, xh=xh, row=row)
 
-    def backward(self, tiles, q, k, v, grad, saved, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, bias=None,
+    def backward(self, q, k, v, grad, saved, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, bias=None,
                  scale=None, tol=4e-3, cap=64):
-        """`tiles` of mix, solve, backward query, backward key; `saved` is what forward(save=True) gave."""
+        """`saved` is what forward(save=True) gave."""
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
@@ -110,31 +127,33 @@ class Kernels:
         x = saved["probe"]
         xh, x_unit, _, _ = self.convert(x.view(batch, heads, np_, pad), None, pad)
         options = CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self | HEAVY_FIRST * causal
-        lo, hi, bounds = block_ranges(ranges, n, int(tiles[0].split("_")[0][1:]))
+        lo, hi, bounds = block_ranges(ranges, n, 64)
         lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
         lam = lam.expand(batch, heads, n) if lam.dim() == 0 else lam
-        h, b = 0, int(bias is not None)
 
         def common(extra=0):
             return [i32(options | extra), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
                     i32(0), ptr(bounds), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
-        bm = [int(t.split("_")[0][1:]) for t in tiles]
-        bn = int(tiles[3].split("_")[1][1:])
-        grid = [(rows, -(-n // r)) for r in bm]
+        kind, has = NAMES[q.dtype], bias is not None
+        dq, dk, dvv = (torch.empty(t.shape, device=dev, dtype=t.dtype) for t in (q, k, v))
+        mix, _, _ = self.find("lla_mix", "", pad, False, has)
+        solve, _, _ = self.find("lla_solve", "", pad, False, has)
+        query, _, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq))
+        key, _, bn = self.find("lla_backward_key", kind, pad, False, has, aligned(dk) and aligned(dvv))
+        grid = (rows, -(-n // 64))
         row = torch.empty(8, rows, np_, device=dev)
         c, y = torch.empty(2, rows, np_, pad, device=dev)
         scratch = torch.empty(rows, np_, pad, device=dev, dtype=torch.float16)
-        self(f"mix_{tiles[0]}_h0_b{b}", "lla_mix", grid[0],
+        self(mix, "lla_mix", grid,
              [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(saved["key_mean"]), ptr(c), ptr(row)]
              + common() + [f32(scale)])
-        self(f"solve_{tiles[1]}_h0_b{b}", "lla_solve", grid[1],
+        self(solve, "lla_solve", grid,
              [ptr(qgh[0]), ptr(kvh[0]), ptr(unit), ptr(saved["key_mean"]), ptr(row), ptr(scratch), ptr(y), ptr(c), ptr(lam), ptr(None), ptr(None)]
              + common(64) + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(1), i32(0)])
         yh, y_unit, _, _ = self.convert(y.view(batch, heads, np_, pad), None, pad)
-        dq, dk, dvv = torch.empty(q.shape, device=dev, dtype=q.dtype), torch.empty(k.shape, device=dev, dtype=k.dtype), torch.empty(v.shape, device=dev, dtype=v.dtype)
         dridge, dscale = torch.empty(2, rows, n, device=dev)
-        dbias = torch.empty(rows, m, device=dev) if b else None
-        self(f"bquery_{NAMES[q.dtype]}_{tiles[2]}_h0_b{b}", "lla_backward_query", grid[2],
+        dbias = torch.empty(rows, m, device=dev) if has else None
+        self(query, "lla_backward_query", grid,
              [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit),
               ptr(saved["key_mean"]), ptr(x), ptr(y), ptr(row), ptr(dq), ptr(dridge), ptr(dscale)]
              + common() + [i32(d), i64(dq.stride(0)), i64(dq.stride(1)), i32(dq.stride(2)), f32(scale)])
@@ -146,7 +165,7 @@ class Kernels:
             index = torch.arange(n, device=dev)[:, None]
             first = torch.where(seen, index, n).amin(0).int().contiguous()
             end = torch.where(seen, index + 1, 0).amax(0).int().contiguous()
-        self(f"bkey_{NAMES[q.dtype]}_{tiles[3]}_h0_b{b}", "lla_backward_key", (batch * kv_heads, blocks),
+        self(key, "lla_backward_key", (batch * kv_heads, blocks),
              [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit), ptr(row),
               ptr(dk), ptr(dvv), ptr(dbias), ptr(first), ptr(end), i32(0), i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp),
               i32(offset), i32(window or 0), ptr(lo), ptr(hi), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)),
@@ -165,7 +184,7 @@ def block_ranges(ranges, n, block):
 
 
 def gradients(q, k, v, grad, ridge, mask, scale=None, bias=None):
-    """Float64 gradients by automatic differentiation of the dense form."""
+    """Float64 gradients by automatic differentiation of the dense form; a mask without empty rows."""
     leaves = [t.double().detach().requires_grad_() for t in (q, k, v)]
     lam = (ridge.double() if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=q.device, dtype=torch.float64)).expand(q.shape[:3]).clone().requires_grad_()
     sc = torch.tensor(q.shape[-1] ** -0.5 if scale is None else scale, device=q.device, dtype=torch.float64, requires_grad=True)
