@@ -125,7 +125,7 @@ class Kernels:
         kvh, unit, _, _ = self.convert(k, v, pad)
         qgh, q_unit, _, _ = self.convert(q, grad, pad)
         x = saved["probe"]
-        xh, x_unit, _, _ = self.convert(x.view(batch, heads, np_, pad), None, pad)
+        xh, x_unit, _, _ = self.convert(x.view(batch, heads, np_, pad)[:, :, :n], None, pad)
         options = CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self | HEAVY_FIRST * causal
         lo, hi, bounds = block_ranges(ranges, n, 64)
         lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
@@ -150,7 +150,7 @@ class Kernels:
         self(solve, "lla_solve", grid,
              [ptr(qgh[0]), ptr(kvh[0]), ptr(unit), ptr(saved["key_mean"]), ptr(row), ptr(scratch), ptr(y), ptr(c), ptr(lam), ptr(None), ptr(None)]
              + common(64) + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(1), i32(0)])
-        yh, y_unit, _, _ = self.convert(y.view(batch, heads, np_, pad), None, pad)
+        yh, y_unit, _, _ = self.convert(y.view(batch, heads, np_, pad)[:, :, :n], None, pad)
         dridge, dscale = torch.empty(2, rows, n, device=dev)
         dbias = torch.empty(rows, m, device=dev) if has else None
         self(query, "lla_backward_query", grid,

@@ -31,8 +31,15 @@ pub mod prepare {
         let grid: (i32, i32, i32) = get_num_tile_blocks();
         let bi: i64 = wide(pid.1 / heads);
         let hi: i64 = wide(pid.1 % heads);
-        let first: i64 = wide(pid.0 * R);
-        let left: i32 = rows - pid.0 * R;
+        // A chunk of padding alone reads the first row, since no copy may start past the end, and drops it.
+        let mut first: i64 = wide(pid.0 * R);
+        let mut left: i32 = rows - pid.0 * R;
+        let mut padding: f32 = 0.0f32;
+        if left <= 0i32 {
+            first = wide(0i32);
+            left = 1i32;
+            padding = 1.0f32;
+        }
         let mut x: Tile<f32, { [R, D] }> = constant(0.0f32, const_shape![R, D]);
         if pid.2 == 0i32 {
             let from: i64 = bi * a_batch + hi * a_head + first * wide(a_row);
@@ -53,8 +60,10 @@ pub mod prepare {
                 x = convert_tile(t);
             }
         }
-        let ok: Tile<bool, { [R, D] }> = finite::<{ [R, D] }>(x);
         let zero: Tile<f32, { [R, D] }> = constant(0.0f32, const_shape![R, D]);
+        let dropped: Tile<f32, { [R, D] }> = broadcast_scalar(padding, const_shape![R, D]);
+        let x: Tile<f32, { [R, D] }> = select(gt_tile(dropped, zero), zero, x);
+        let ok: Tile<bool, { [R, D] }> = finite::<{ [R, D] }>(x);
         let one: Tile<f32, { [R, D] }> = constant(1.0f32, const_shape![R, D]);
         let m: Tile<f32, { [R] }> = reduce_max(select(ok, absf(x), zero), 1i32);
         let m: Tile<f32, { [] }> = reduce_max(m, 0i32);
@@ -90,8 +99,15 @@ pub mod prepare {
         let grid: (i32, i32, i32) = get_num_tile_blocks();
         let bi: i64 = wide(pid.1 / heads);
         let hi: i64 = wide(pid.1 % heads);
-        let first: i64 = wide(pid.0 * R);
-        let left: i32 = rows - pid.0 * R;
+        // A chunk of padding alone reads the first row, since no copy may start past the end, and drops it.
+        let mut first: i64 = wide(pid.0 * R);
+        let mut left: i32 = rows - pid.0 * R;
+        let mut padding: f32 = 0.0f32;
+        if left <= 0i32 {
+            first = wide(0i32);
+            left = 1i32;
+            padding = 1.0f32;
+        }
         let mut x: Tile<f32, { [R, D] }> = constant(0.0f32, const_shape![R, D]);
         if pid.2 == 0i32 {
             let from: i64 = bi * a_batch + hi * a_head + first * wide(a_row);
@@ -125,8 +141,9 @@ pub mod prepare {
         }
         let one: Tile<f32, { [1, 1] }> = constant(1.0f32, const_shape![1, 1]);
         let inv: Tile<f32, { [R, D] }> = (one / u).broadcast(const_shape![R, D]);
+        let dropped: Tile<f32, { [R, D] }> = broadcast_scalar(padding, const_shape![R, D]);
         let zero: Tile<f32, { [R, D] }> = constant(0.0f32, const_shape![R, D]);
-        let y: Tile<f16, { [R, D] }> = convert_tile(select(finite::<{ [R, D] }>(x), x * inv, zero));
+        let y: Tile<f16, { [R, D] }> = convert_tile(select(finite::<{ [R, D] }>(x) & eq_tile(dropped, zero), x * inv, zero));
         let at: i32 = pid.1 * grid.0 + pid.0;
         if pid.2 == 0i32 {
             store_packed::<f16, R, D>(out_a, grid.0 * grid.1 * R, at, y);
