@@ -1,0 +1,191 @@
+//! Gradients with respect to queries, ridge and scale, and the scalars per query that the key pass needs.
+
+#[cutile::module]
+pub mod backward_query {
+    use super::super::tiles::tiles::*;
+    use cutile::core::*;
+
+    /// `ALIGNED` = 1: dq's base, strides and columns are multiples of 16 bytes.
+    /// Grid (batch * heads, blocks of BM queries).
+    #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
+    pub unsafe fn lla_backward_query<E: ElementType, const BM: i32, const BN: i32, const D: i32, const BIAS: i32, const ALIGNED: i32>(
+        qh: *mut f16,         // [batch * heads, np, D], one unit per head
+        gh: *mut f16,         // the same of the output's gradient
+        xh: *mut f16,         // the same of the probe
+        yh: *mut f16,         // the same of y
+        kh: *mut f16,         // [batch * kv_heads, mp, D]
+        vh: *mut f16,         // [batch * kv_heads, mp, D]
+        q_unit: *mut f32,     // [2, batch * heads]: units of qh and gh
+        x_unit: *mut f32,     // [batch * heads]: unit of xh
+        y_unit: *mut f32,     // [batch * heads]: unit of yh
+        unit: *mut f32,       // [2, batch * kv_heads]: units of kh and vh
+        key_mean: *mut f32,   // [batch * heads, np, D]
+        x: *mut f32,          // [batch * heads, np, D]
+        y: *mut f32,          // [batch * heads, np, D]
+        row: *mut f32,        // [8, batch * heads, np]: in as lla_mix left it; out: 3 1 + x.kbar, 4 y.kbar - mean of g.v, 5 sum p e a
+        dq: *mut E,           // out [batch, heads, n, d], strided
+        dridge: *mut f32,     // out [batch * heads, n]
+        dscale: *mut f32,     // out [batch * heads, n]: each query's part
+        options: i32,
+        heads: i32,
+        kv_heads: i32,
+        n: i32,
+        np: i32,              // n rounded up to 128
+        m: i32,
+        mp: i32,              // m rounded up to 128
+        offset: i32,
+        window: i32,
+        lo: *mut i32,         // [batch, n]: first visible key; option 4 only
+        hi: *mut i32,         // [batch, n]: one past the last
+        range_batch: i32,
+        bounds: *mut i32,     // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
+        bounds_batch: i32,
+        bias: *mut f32,       // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias_batch: i32,
+        bias_head: i32,
+        d: i32,
+        dq_batch: i64,
+        dq_head: i64,
+        dq_row: i32,
+        scale: f32,
+    ) {
+        let pid: (i32, i32, i32) = get_tile_block_id();
+        let grid: (i32, i32, i32) = get_num_tile_blocks();
+        let bh: i32 = pid.0;
+        let batch: i32 = bh / heads;
+        let head: i32 = bh % heads;
+        let kv: i32 = batch * kv_heads + head / (heads / kv_heads);
+        let kvs: i32 = grid.0 / heads * kv_heads;
+        let mi: i32 = block_index(options, pid.1, grid.1);
+        let first: i32 = mi * BM;
+        let rows: i32 = n - first;
+        let tile: i32 = bh * (np / BM) + mi;
+        let at_row: i64 = wide(bh) * wide(np) + wide(first);
+        let all_rows: i64 = wide(grid.0) * wide(np);
+        let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(first, n, offset);
+        let range_at: i64 = wide(batch) * wide(range_batch) + wide(first);
+        let row_lo: Tile<i32, { [BM, 1] }> = first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
+        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM>(options, pos, m, hi, range_at, rows);
+        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
+        // Key tiles [begin, end); every row sees all of [full0, full1).
+        let last: i32 = min(first + BM, n) - 1i32;
+        let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
+        let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        let end: i32 = max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let mut full0: i32 = ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        if (full1 <= full0) || ((options & 8i32) != 0i32) {
+            full0 = begin;
+            full1 = begin;
+        }
+        let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
+        let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
+        let kv0: i32 = kv * (mp / BN);
+        let ku: f32 = load_scalar(slice::<f32>(unit, wide(kv)));
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let never: Tile<f32, { [BM, BN] }> = constant(f32::NEG_INFINITY, const_shape![BM, BN]);
+        let bias_at: i64 = wide(batch) * wide(bias_batch) + wide(head) * wide(bias_head);
+        let scl: f32 = logit_scale(scale, load_scalar(slice::<f32>(q_unit, wide(bh))) * ku);
+        let sc_true: Tile<f32, { [BM, 1] }> = broadcast_scalar(scl, const_shape![BM, 1]);
+        let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
+        if BIAS == 1i32 {
+            sc = constant(1.0f32, const_shape![BM, 1]);
+        }
+        let vt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(vh, kvs * mp);
+        let vp: Partition<f16, { [BN, D] }> = vt0.partition(const_shape![BN, D]);
+        let qt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(qh, grid.0 * np);
+        let qp: Partition<f16, { [BM, D] }> = qt0.partition(const_shape![BM, D]);
+        let tq: Tile<f16, { [BM, D] }> = qp.load([tile, 0i32]);
+        let gt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(gh, grid.0 * np);
+        let gp: Partition<f16, { [BM, D] }> = gt0.partition(const_shape![BM, D]);
+        let tg: Tile<f16, { [BM, D] }> = gp.load([tile, 0i32]);
+        let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(grid.0 + bh))) * load_scalar(slice::<f32>(unit, wide(kvs + kv)));
+        let shift: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
+        let xt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(xh, grid.0 * np);
+        let xp: Partition<f16, { [BM, D] }> = xt0.partition(const_shape![BM, D]);
+        let tx: Tile<f16, { [BM, D] }> = xp.load([tile, 0i32]);
+        let yt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(yh, grid.0 * np);
+        let yp: Partition<f16, { [BM, D] }> = yt0.partition(const_shape![BM, D]);
+        let ty: Tile<f16, { [BM, D] }> = yp.load([tile, 0i32]);
+        let mt0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(key_mean, grid.0 * np);
+        let mp0: Partition<f32, { [BM, D] }> = mt0.partition(const_shape![BM, D]);
+        let xf0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(x, grid.0 * np);
+        let xfp: Partition<f32, { [BM, D] }> = xf0.partition(const_shape![BM, D]);
+        let yf0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(y, grid.0 * np);
+        let yfp: Partition<f32, { [BM, D] }> = yf0.partition(const_shape![BM, D]);
+        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
+        let kbar: Tile<f32, { [BM, D] }> = mp0.load([tile, 0i32]);
+        let seven: i64 = wide(7i32) * all_rows;
+        let mean: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, seven + at_row), 1i32, BM);
+        let xf: Tile<f32, { [BM, D] }> = xfp.load([tile, 0i32]);
+        let yf: Tile<f32, { [BM, D] }> = yfp.load([tile, 0i32]);
+        let xk: Tile<f32, { [BM, 1] }> = one + row_dot::<BM, D>(xf, kbar);
+        let ek: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(yf, kbar) - mean;
+        // e in units of eu, so that fp16 holds it: |g.v| stays near sqrt(D) units of g times units of v.
+        let eu: f32 = gu * 8.0f32;
+        let g_in: Tile<f32, { [BM, BN] }> = constant(0.125f32, const_shape![BM, BN]);
+        let x_in: f32 = 0.0f32 - load_scalar(slice::<f32>(x_unit, wide(bh))) * ku;
+        let y_in: f32 = 0.0f32 - load_scalar(slice::<f32>(y_unit, wide(bh))) * ku / eu;
+        let x_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(x_in, const_shape![BM, BN]);
+        let y_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(y_in, const_shape![BM, BN]);
+        let eun: Tile<f32, { [BM, 1] }> = broadcast_scalar(eu, const_shape![BM, 1]);
+        let xk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xk);
+        let ek_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(ek / eun);
+        let boost: Tile<f32, { [BM, 1] }> = constant(7.0f32, const_shape![BM, 1]);
+        let undo: Tile<f32, { [BM, 1] }> = constant(0.0078125f32, const_shape![BM, 1]);
+        let sh: Tile<f32, { [BM, 1] }> = shift + boost;
+        let mut acc: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let mut total: Tile<f32, { [BM, 1] }> = zero;
+        for j in begin..end {
+            let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
+            let mut s: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
+            let vt: Tile<f16, { [BN, D] }> = vp.load([kv0 + j, 0i32]);
+            let gamma: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tg, vt);
+            let xx: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tx, kt);
+            let yy: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(ty, kt);
+            if BIAS == 1i32 {
+                s = add_bias::<BM, BN>(s, sc_true, bias, bias_at, j * BN, m);
+            }
+            if (j < full0) || (j >= full1) {
+                s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
+            }
+            let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
+            let a: Tile<f32, { [BM, BN] }> = fma(xx, x_in, xk_b, rounding::NearestEven, ftz::Enabled);
+            let e: Tile<f32, { [BM, BN] }> = fma(gamma, g_in, fma(yy, y_in, ek_b, rounding::NearestEven, ftz::Enabled), rounding::NearestEven, ftz::Enabled);
+            let w: Tile<f32, { [BM, BN] }> = p * (e * a);
+            let sum: Tile<f32, { [BM] }> = reduce_sum(w, 1i32);
+            total = total + sum.reshape(const_shape![BM, 1]);
+            let wb: Tile<f16, { [BM, BN] }> = convert_tile(w);
+            acc = mma(wb, kt, acc);
+        }
+        let coef: Tile<f32, { [BM, 1] }> = eun * undo;
+        let total: Tile<f32, { [BM, 1] }> = total * coef;
+        let coef: Tile<f32, { [BM, 1] }> = coef * broadcast_scalar(ku, const_shape![BM, 1]);
+        // sum ds k = sum p e a k - m kbar
+        let kbar: Tile<f32, { [BM, D] }> = mp0.load([tile, 0i32]);
+        let sk: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), zero - total, kbar);
+        let yf: Tile<f32, { [BM, D] }> = yfp.load([tile, 0i32]);
+        let scn: Tile<f32, { [BM, 1] }> = broadcast_scalar(scale, const_shape![BM, 1]);
+        let mut grad: Tile<f32, { [BM, D] }> = sk * across::<BM, D>(scn);
+        if (options & 16i32) == 0i32 {
+            grad = grad + yf;
+        }
+        let gb: Tile<E, { [BM, D] }> = convert_tile(grad);
+        let dq_at: i64 = wide(batch) * dq_batch + wide(head) * dq_head + wide(first) * wide(dq_row);
+        if ALIGNED == 1i32 {
+            store_rows_aligned::<E, BM, D>(slice_aligned::<E>(dq, dq_at), dq_row, rows, d, gb);
+        } else {
+            store_rows::<E, BM, D>(slice::<E>(dq, dq_at), dq_row, rows, d, gb);
+        }
+        let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
+        let qun: Tile<f32, { [BM, 1] }> = broadcast_scalar(load_scalar(slice::<f32>(q_unit, wide(bh))), const_shape![BM, 1]);
+        let at: i64 = wide(bh) * wide(n) + wide(first);
+        let xf: Tile<f32, { [BM, D] }> = xfp.load([tile, 0i32]);
+        store_column::<f32, BM>(slice::<f32>(dscale, at), rows, (row_dot::<BM, D>(qf, sk) * qun).reshape(const_shape![BM]));
+        store_column::<f32, BM>(slice::<f32>(dridge, at), rows, row_dot::<BM, D>(xf, yf).reshape(const_shape![BM]));
+        let base: i64 = all_rows + all_rows + all_rows + at_row;
+        store_column::<f32, BM>(slice::<f32>(row, base), BM, xk.reshape(const_shape![BM]));
+        store_column::<f32, BM>(slice::<f32>(row, base + all_rows), BM, ek.reshape(const_shape![BM]));
+        store_column::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows), BM, total.reshape(const_shape![BM]));
+    }
+}

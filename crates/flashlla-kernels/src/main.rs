@@ -1,0 +1,43 @@
+//! Writes the Tile IR bytecode of every variant: `flashlla-kernels OUT_DIR ARCH [NAME_PART]`.
+//!
+//! One line per variant goes to standard output, for `cargo xtask kernels`:
+//! `name entry dtype bm bn d high bias aligned tensor`, tab-separated.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let [out, arch, rest @ ..] = args.as_slice() else {
+        return Err("usage: flashlla-kernels OUT_DIR ARCH [NAME_PART]".into());
+    };
+    let part = rest.first().map_or("", String::as_str);
+    let list: Vec<_> = flashlla_kernels::variants::all().into_iter().filter(|v| v.name.contains(part)).collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| -> Result<(), Box<dyn Error>> {
+        let work = || -> Result<(), String> {
+            while let Some(v) = list.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+                let code = v.bytecode(arch).map_err(|e| format!("{}: {e}", v.name))?;
+                let file: PathBuf = [out.as_str(), &format!("{}.bc", v.name)].iter().collect();
+                // An unchanged file keeps its time, so that what is built from it counts as current.
+                if fs::read(&file).ok().as_deref() != Some(&code[..]) {
+                    fs::write(&file, &code).map_err(|e| format!("{}: {e}", file.display()))?;
+                }
+            }
+            Ok(())
+        };
+        // The compiler's recursion needs more than a thread's usual stack.
+        let run: Vec<_> = (0..threads)
+            .map(|_| std::thread::Builder::new().stack_size(256 << 20).spawn_scoped(scope, work))
+            .collect::<Result<_, _>>()?;
+        for thread in run {
+            thread.join().map_err(|_| "the kernel compiler panicked")??;
+        }
+        Ok(())
+    })?;
+    for v in &list {
+        let flag = u8::from;
+        println!("{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}", v.name, v.entry, v.dtype, v.bm, v.bn, v.d, flag(v.high), flag(v.bias), flag(v.aligned), flag(v.tensor));
+    }
+    Ok(())
+}

@@ -1,0 +1,454 @@
+//! Tile pieces that the kernels share: strided rows in and out, power-of-two scales, visibility, weights.
+//!
+//! Shapes: `BM` query rows, `BN` key rows, `D` the padded head dimension.
+#![allow(clippy::too_many_arguments)]
+
+#[cutile::module]
+pub mod tiles {
+    use cutile::core::*;
+
+    /// The same number in 64 bits.
+    pub fn wide(x: i32) -> i64 {
+        let t: Tile<i32, { [] }> = scalar_to_tile(x);
+        let w: Tile<i64, { [] }> = exti(t);
+        let x: i64 = tile_to_scalar(w);
+        x
+    }
+
+    /// Base of one (batch, head) slice: `ptr + offset` elements.
+    pub unsafe fn slice<E: ElementType>(ptr: *mut E, offset: i64) -> PointerTile<*mut E, { [] }> {
+        let base: PointerTile<*mut E, { [] }> = pointer_to_tile(ptr);
+        let off: Tile<i64, { [] }> = scalar_to_tile(offset);
+        let at: PointerTile<*mut E, { [] }> = addptr_tile(base, off);
+        at
+    }
+
+    /// `slice` where pointer and offset are multiples of 16 bytes.
+    pub unsafe fn slice_aligned<E: ElementType>(ptr: *mut E, offset: i64) -> PointerTile<*mut E, { [] }> {
+        let ptr: *mut E = assume_div_by::<_, 16>(ptr);
+        let offset: i64 = assume_div_by::<_, 8>(offset);
+        let base: PointerTile<*mut E, { [] }> = pointer_to_tile(ptr);
+        let off: Tile<i64, { [] }> = scalar_to_tile(offset);
+        let at: PointerTile<*mut E, { [] }> = addptr_tile(base, off);
+        at
+    }
+
+    /// `load_rows` where base, stride and columns are multiples of 16 bytes.
+    pub unsafe fn load_rows_aligned<E: ElementType, const R: i32, const D: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        stride: i32,
+        rows: i32,
+        cols: i32,
+    ) -> Tile<E, { [R, D] }> {
+        let stride: i32 = assume_div_by::<_, 8>(stride);
+        let cols: i32 = assume_div_by::<_, 8>(cols);
+        let tile: Tile<E, { [R, D] }> = load_rows::<E, R, D>(base, stride, rows, cols);
+        tile
+    }
+
+    /// `R` rows of `D` elements, `stride` apart; zero outside the first `rows` rows and `cols` columns.
+    pub unsafe fn load_rows<E: ElementType, const R: i32, const D: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        stride: i32,
+        rows: i32,
+        cols: i32,
+    ) -> Tile<E, { [R, D] }> {
+        let shape: Shape<{ [-1, -1] }> = Shape::<{ [-1, -1] }> { dims: &[rows, cols] };
+        let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[stride] };
+        let view: Tensor<E, { [-1, -1] }> = make_tensor_view(base, shape, strides, new_token_unordered());
+        let tile: Tile<E, { [R, D] }> = view.partition(const_shape![R, D]).load([0i32, 0i32]);
+        tile
+    }
+
+    /// Writes the first `rows` rows and `cols` columns.
+    pub unsafe fn store_rows<E: ElementType, const R: i32, const D: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        stride: i32,
+        rows: i32,
+        cols: i32,
+        value: Tile<E, { [R, D] }>,
+    ) {
+        let shape: Shape<{ [-1, -1] }> = Shape::<{ [-1, -1] }> { dims: &[rows, cols] };
+        let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[stride] };
+        let view: Tensor<E, { [-1, -1] }> = make_tensor_view(base, shape, strides, new_token_unordered());
+        let mut part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
+        part.store_unchecked(value, [0i32, 0i32]);
+    }
+
+    /// `store_rows` where base, stride and columns are multiples of 16 bytes.
+    pub unsafe fn store_rows_aligned<E: ElementType, const R: i32, const D: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        stride: i32,
+        rows: i32,
+        cols: i32,
+        value: Tile<E, { [R, D] }>,
+    ) {
+        let stride: i32 = assume_div_by::<_, 8>(stride);
+        let cols: i32 = assume_div_by::<_, 8>(cols);
+        store_rows::<E, R, D>(base, stride, rows, cols, value);
+    }
+
+    /// `a / b`, to about one unit in the last place.
+    pub fn quotient<const S: [i32; 2]>(a: Tile<f32, S>, b: Tile<f32, S>) -> Tile<f32, S> {
+        divf(a, b, rounding::Approx, ftz::Enabled)
+    }
+
+    /// The same numbers in the layout that products leave theirs in, so that arithmetic between the two moves nothing.
+    pub fn as_product<const R: i32, const C: i32>(x: Tile<f32, { [R, C] }>) -> Tile<f32, { [R, C] }> {
+        let a: Tile<f16, { [R, 16] }> = constant(f16::ZERO, const_shape![R, 16]);
+        let b: Tile<f16, { [16, C] }> = constant(f16::ZERO, const_shape![16, C]);
+        mma(a, b, x)
+    }
+
+    /// A 16-byte aligned array of `rows` contiguous rows of `D` elements.
+    pub unsafe fn packed<E: ElementType, const D: i32>(ptr: *mut E, rows: i32) -> Tensor<E, { [-1, D] }> {
+        let base: *mut E = assume_div_by::<_, 16>(ptr);
+        let shape: Shape<{ [-1, D] }> = Shape::<{ [-1, D] }> { dims: &[rows] };
+        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
+        let view: Tensor<E, { [-1, D] }> = make_tensor_view(pointer_to_tile(base), shape, strides, new_token_unordered());
+        view
+    }
+
+    /// Writes tile `index` of such an array.
+    pub unsafe fn store_packed<E: ElementType, const R: i32, const D: i32>(ptr: *mut E, rows: i32, index: i32, value: Tile<E, { [R, D] }>) {
+        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
+        let mut part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
+        part.store_unchecked(value, [index, 0i32]);
+    }
+
+    /// One value per row, `stride` apart (0: the same for all); zero past `rows`.
+    pub unsafe fn load_column<E: ElementType, const R: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        stride: i32,
+        rows: i32,
+    ) -> Tile<E, { [R] }> {
+        let r: Tile<i32, { [R] }> = iota(const_shape![R]);
+        let mask: Tile<bool, { [R] }> = lt_tile(r, broadcast_scalar(rows, const_shape![R]));
+        let off: Tile<i32, { [R] }> = r * broadcast_scalar(stride, const_shape![R]);
+        let one: PointerTile<*mut E, { [1] }> = base.reshape(const_shape![1]);
+        let all: PointerTile<*mut E, { [R] }> = one.broadcast(const_shape![R]);
+        let ptrs: PointerTile<*mut E, { [R] }> = all.offset_tile(off);
+        let zero: Tile<E, { [R] }> = constant(E::ZERO, const_shape![R]);
+        let (t, _tok): (Tile<E, { [R] }>, Token) = load_ptr_tko(
+            ptrs, ordering::Weak, None::<scope::TileBlock>, Some(mask), None, None, Latency::<0>,
+        );
+        select(mask, t, zero)
+    }
+
+    /// The same as a column.
+    pub unsafe fn load_rowwise<E: ElementType, const R: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        stride: i32,
+        rows: i32,
+    ) -> Tile<E, { [R, 1] }> {
+        let t: Tile<E, { [R] }> = load_column::<E, R>(base, stride, rows);
+        t.reshape(const_shape![R, 1])
+    }
+
+    /// The same as a column, in the layout that row sums of products have.
+    pub unsafe fn load_rowwise_product<const R: i32>(base: PointerTile<*mut f32, { [] }>, stride: i32, rows: i32) -> Tile<f32, { [R, 1] }> {
+        let t: Tile<f32, { [R, 1] }> = load_rowwise::<f32, R>(base, stride, rows);
+        let t: Tile<f32, { [R, 16] }> = as_product::<R, 16>(t.broadcast(const_shape![R, 16]));
+        let t: Tile<f32, { [R] }> = reduce_max(t, 1i32);
+        t.reshape(const_shape![R, 1])
+    }
+
+    /// Writes the first `rows` values of a contiguous column.
+    pub unsafe fn store_column<E: ElementType, const R: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        rows: i32,
+        value: Tile<E, { [R] }>,
+    ) {
+        let r: Tile<i32, { [R] }> = iota(const_shape![R]);
+        let mask: Tile<bool, { [R] }> = lt_tile(r, broadcast_scalar(rows, const_shape![R]));
+        let one: PointerTile<*mut E, { [1] }> = base.reshape(const_shape![1]);
+        let all: PointerTile<*mut E, { [R] }> = one.broadcast(const_shape![R]);
+        let ptrs: PointerTile<*mut E, { [R] }> = all.offset_tile(r);
+        store_ptr_tko(ptrs, value, ordering::Weak, None::<scope::TileBlock>, Some(mask), None, Latency::<0>);
+    }
+
+    /// One scalar of a device array.
+    pub unsafe fn load_scalar(base: PointerTile<*mut f32, { [] }>) -> f32 {
+        let (t, _tok): (Tile<f32, { [] }>, Token) = load_ptr_tko(
+            base, ordering::Weak, None::<scope::TileBlock>, None, None, None, Latency::<0>,
+        );
+        let x: f32 = tile_to_scalar(t);
+        x
+    }
+
+    /// One integer of a device array.
+    pub unsafe fn load_integer(base: PointerTile<*mut i32, { [] }>) -> i32 {
+        let (t, _tok): (Tile<i32, { [] }>, Token) = load_ptr_tko(
+            base, ordering::Weak, None::<scope::TileBlock>, None, None, None, Latency::<0>,
+        );
+        let x: i32 = tile_to_scalar(t);
+        x
+    }
+
+    /// The largest power of two not above `x`, for x in f32's normal range (clamped into 2^-100 .. 2^100 first).
+    pub fn pow2_floor<const S: [i32; 2]>(x: Tile<f32, S>) -> Tile<f32, S> {
+        let least: Tile<f32, S> = constant(7.888609e-31f32, x.shape());
+        let most: Tile<f32, S> = constant(1.2676506e30f32, x.shape());
+        let x: Tile<f32, S> = min_tile(max_tile(x, least), most);
+        let bits: Tile<i32, S> = bitcast(x);
+        let field: Tile<i32, S> = constant(0x7F80_0000i32, x.shape());
+        let exponent: Tile<i32, S> = bits & field;
+        let y: Tile<f32, S> = bitcast(exponent);
+        y
+    }
+
+    /// True for finite values.
+    pub fn finite<const S: [i32; 2]>(x: Tile<f32, S>) -> Tile<bool, S> {
+        let largest: Tile<f32, S> = constant(3.4028235e38f32, x.shape());
+        le_tile(absf(x), largest)
+    }
+
+    /// A row value for every column.
+    pub fn across<const R: i32, const C: i32>(x: Tile<f32, { [R, 1] }>) -> Tile<f32, { [R, C] }> {
+        x.broadcast(const_shape![R, C])
+    }
+
+    /// `a + f b`, one factor per row.
+    pub fn add_scaled<const R: i32, const C: i32>(a: Tile<f32, { [R, C] }>, f: Tile<f32, { [R, 1] }>, b: Tile<f32, { [R, C] }>) -> Tile<f32, { [R, C] }> {
+        fma(across::<R, C>(f), b, a, rounding::NearestEven, ftz::Disabled)
+    }
+
+    /// Row-wise dot product.
+    pub fn row_dot<const R: i32, const C: i32>(a: Tile<f32, { [R, C] }>, b: Tile<f32, { [R, C] }>) -> Tile<f32, { [R, 1] }> {
+        let sum: Tile<f32, { [R] }> = reduce_sum(a * b, 1i32);
+        sum.reshape(const_shape![R, 1])
+    }
+
+    /// Which of `BN` keys from `first` each query sees: `lo <= key < hi` and `key != skip`.
+    pub fn visible<const BM: i32, const BN: i32>(
+        lo: Tile<i32, { [BM, 1] }>,
+        hi: Tile<i32, { [BM, 1] }>,
+        skip: Tile<i32, { [BM, 1] }>,
+        first: i32,
+    ) -> Tile<bool, { [BM, BN] }> {
+        let key: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+        let key: Tile<i32, { [BM, BN] }> = (key + broadcast_scalar(first, const_shape![BN])).reshape(const_shape![1, BN]).broadcast(const_shape![BM, BN]);
+        let lo: Tile<i32, { [BM, BN] }> = lo.broadcast(const_shape![BM, BN]);
+        let hi: Tile<i32, { [BM, BN] }> = hi.broadcast(const_shape![BM, BN]);
+        let skip: Tile<i32, { [BM, BN] }> = skip.broadcast(const_shape![BM, BN]);
+        ge_tile(key, lo) & lt_tile(key, hi) & ne_tile(key, skip)
+    }
+
+    /// `exp2(s * scale + shift)`, scale and shift one per row.
+    pub fn weights<const BM: i32, const BN: i32>(
+        s: Tile<f32, { [BM, BN] }>,
+        scale: Tile<f32, { [BM, 1] }>,
+        shift: Tile<f32, { [BM, 1] }>,
+    ) -> Tile<f32, { [BM, BN] }> {
+        let sc: Tile<f32, { [BM, BN] }> = across::<BM, BN>(scale);
+        let sh: Tile<f32, { [BM, BN] }> = across::<BM, BN>(shift);
+        exp2(fma(s, sc, sh, rounding::NearestEven, ftz::Enabled), ftz::Enabled)
+    }
+
+    /// The same where `seen`, 0 elsewhere (even where the logit is no number).
+    pub fn weights_where<const BM: i32, const BN: i32>(
+        s: Tile<f32, { [BM, BN] }>,
+        scale: Tile<f32, { [BM, 1] }>,
+        shift: Tile<f32, { [BM, 1] }>,
+        seen: Tile<bool, { [BM, BN] }>,
+    ) -> Tile<f32, { [BM, BN] }> {
+        let sc: Tile<f32, { [BM, BN] }> = across::<BM, BN>(scale);
+        let sh: Tile<f32, { [BM, BN] }> = across::<BM, BN>(shift);
+        let z: Tile<f32, { [BM, BN] }> = fma(s, sc, sh, rounding::NearestEven, ftz::Enabled);
+        let never: Tile<f32, { [BM, BN] }> = constant(f32::NEG_INFINITY, const_shape![BM, BN]);
+        exp2(select(seen, z, never), ftz::Enabled)
+    }
+
+    /// Products of every query row with every key row: `[BM, D] x [BN, D]^T`.
+    pub fn scores<const BM: i32, const BN: i32, const D: i32>(
+        a: Tile<f16, { [BM, D] }>,
+        b: Tile<f16, { [BN, D] }>,
+    ) -> Tile<f32, { [BM, BN] }> {
+        let zero: Tile<f32, { [BM, BN] }> = constant(0.0f32, const_shape![BM, BN]);
+        mma(a, b.transpose(), zero)
+    }
+
+    /// Products with a vector in two terms.
+    pub fn scores2<const BM: i32, const BN: i32, const D: i32, const HIGH: i32>(
+        hi: Tile<f16, { [BM, D] }>,
+        lo: Tile<f16, { [BM, D] }>,
+        b: Tile<f16, { [BN, D] }>,
+    ) -> Tile<f32, { [BM, BN] }> {
+        let zero: Tile<f32, { [BM, BN] }> = constant(0.0f32, const_shape![BM, BN]);
+        let t: Tile<f32, { [BM, BN] }> = if HIGH == 1i32 {
+            let low: Tile<f32, { [BM, BN] }> = mma(lo, b.transpose(), zero);
+            mma(hi, b.transpose(), low)
+        } else {
+            mma(hi, b.transpose(), zero)
+        };
+        t
+    }
+
+    /// What fp16 leaves of `x`.
+    pub fn low_part<const R: i32, const D: i32>(x: Tile<f32, { [R, D] }>, hi: Tile<f16, { [R, D] }>) -> Tile<f16, { [R, D] }> {
+        let h: Tile<f32, { [R, D] }> = convert_tile(hi);
+        let y: Tile<f16, { [R, D] }> = convert_tile(x - h);
+        y
+    }
+
+    /// `s * scale + bias` (base 2) of `BN` keys from `first`.
+    pub unsafe fn add_bias<const BM: i32, const BN: i32>(
+        s: Tile<f32, { [BM, BN] }>,
+        scale: Tile<f32, { [BM, 1] }>,
+        bias: *mut f32,
+        at: i64,
+        first: i32,
+        keys: i32,
+    ) -> Tile<f32, { [BM, BN] }> {
+        let b: Tile<f32, { [BN] }> = load_column::<f32, BN>(slice::<f32>(bias, at + wide(first)), 1i32, keys - first);
+        let log2e: Tile<f32, { [BN] }> = constant(1.4426950408889634f32, const_shape![BN]);
+        let b: Tile<f32, { [BN] }> = b * log2e;
+        let b: Tile<f32, { [BM, BN] }> = b.reshape(const_shape![1, BN]).broadcast(const_shape![BM, BN]);
+        let sc: Tile<f32, { [BM, BN] }> = across::<BM, BN>(scale);
+        fma(s, sc, b, rounding::NearestEven, ftz::Enabled)
+    }
+
+    /// Options of a launch: bits of one i32.
+    /// 1 causal, 2 window, 4 ranges, 8 leave one out, 16 probe given, 32 heavy blocks first,
+    /// 64 right-hand side given.
+    ///
+    /// Which block of queries a tile block takes.
+    pub fn block_index(options: i32, pid: i32, blocks: i32) -> i32 {
+        let mut i: i32 = pid;
+        if (options & 32i32) != 0i32 {
+            i = blocks - 1i32 - pid;
+        }
+        i
+    }
+
+    /// Position of each query among the keys. Rows past the end stand for the last one; nothing of theirs is kept.
+    pub fn positions<const BM: i32>(first: i32, n: i32, offset: i32) -> Tile<i32, { [BM, 1] }> {
+        let row: Tile<i32, { [BM] }> = iota(const_shape![BM]);
+        let row: Tile<i32, { [BM, 1] }> = row.reshape(const_shape![BM, 1]);
+        let last: Tile<i32, { [BM, 1] }> = broadcast_scalar(n - 1i32, const_shape![BM, 1]);
+        let start: Tile<i32, { [BM, 1] }> = broadcast_scalar(first, const_shape![BM, 1]);
+        let shift: Tile<i32, { [BM, 1] }> = broadcast_scalar(offset, const_shape![BM, 1]);
+        min_tile(row + start, last) + shift
+    }
+
+    /// First key that each query sees.
+    pub unsafe fn first_keys<const BM: i32>(
+        options: i32, pos: Tile<i32, { [BM, 1] }>, m: i32, window: i32, lo: *mut i32, at: i64, rows: i32,
+    ) -> Tile<i32, { [BM, 1] }> {
+        let zero: Tile<i32, { [BM, 1] }> = constant(0i32, const_shape![BM, 1]);
+        let one: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
+        let keys: Tile<i32, { [BM, 1] }> = broadcast_scalar(m, const_shape![BM, 1]);
+        let mut x: Tile<i32, { [BM, 1] }> = zero;
+        if (options & 2i32) != 0i32 {
+            let w: Tile<i32, { [BM, 1] }> = broadcast_scalar(window, const_shape![BM, 1]);
+            x = pos - w + one;
+        }
+        if (options & 4i32) != 0i32 {
+            x = load_rowwise::<i32, BM>(slice::<i32>(lo, at), 1i32, rows);
+        }
+        min_tile(max_tile(x, zero), keys)
+    }
+
+    /// One past the last key that each query sees.
+    pub unsafe fn end_keys<const BM: i32>(
+        options: i32, pos: Tile<i32, { [BM, 1] }>, m: i32, hi: *mut i32, at: i64, rows: i32,
+    ) -> Tile<i32, { [BM, 1] }> {
+        let zero: Tile<i32, { [BM, 1] }> = constant(0i32, const_shape![BM, 1]);
+        let one: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
+        let keys: Tile<i32, { [BM, 1] }> = broadcast_scalar(m, const_shape![BM, 1]);
+        let mut x: Tile<i32, { [BM, 1] }> = keys;
+        if (options & 1i32) != 0i32 {
+            x = pos + one;
+        }
+        if (options & 4i32) != 0i32 {
+            x = load_rowwise::<i32, BM>(slice::<i32>(hi, at), 1i32, rows);
+        }
+        min_tile(max_tile(x, zero), keys)
+    }
+
+    /// The key that each query leaves out, or -1.
+    pub fn skipped_keys<const BM: i32>(options: i32, pos: Tile<i32, { [BM, 1] }>) -> Tile<i32, { [BM, 1] }> {
+        let mut x: Tile<i32, { [BM, 1] }> = constant(-1i32, const_shape![BM, 1]);
+        if (options & 8i32) != 0i32 {
+            x = pos;
+        }
+        x
+    }
+
+    /// Bounds of a block's visible keys, as scalars: 0 least first key, 1 greatest first key, 2 least end, 3 greatest end.
+    /// The engine gives them for ranges; otherwise the first and last query have them.
+    pub unsafe fn bound(
+        which: i32, options: i32, bounds: *mut i32, at: i64, first: i32, last: i32, offset: i32, m: i32, window: i32,
+    ) -> i32 {
+        let mut x: i32 = 0i32;
+        if which >= 2i32 {
+            x = m;
+        }
+        let mut pos: i32 = first + offset;
+        if (which == 1i32) || (which == 3i32) {
+            pos = last + offset;
+        }
+        if (which < 2i32) && ((options & 2i32) != 0i32) {
+            x = pos - window + 1i32;
+        }
+        if (which >= 2i32) && ((options & 1i32) != 0i32) {
+            x = pos + 1i32;
+        }
+        if (options & 4i32) != 0i32 {
+            x = load_integer(slice::<i32>(bounds, at + wide(which)));
+        }
+        min(max(x, 0i32), m)
+    }
+
+    /// 1 if any value of a column is positive.
+    pub fn any_positive<const BM: i32>(x: Tile<f32, { [BM, 1] }>) -> f32 {
+        let x: Tile<f32, { [BM] }> = x.reshape(const_shape![BM]);
+        let y: Tile<f32, { [] }> = reduce_max(x, 0i32);
+        let y: f32 = tile_to_scalar(y);
+        y
+    }
+
+    /// One value per query as a row, for tiles with keys along the rows.
+    pub unsafe fn load_across<const BM: i32, const BN: i32>(base: PointerTile<*mut f32, { [] }>) -> Tile<f32, { [BN, BM] }> {
+        let t: Tile<f32, { [BM] }> = load_column::<f32, BM>(base, 1i32, BM);
+        t.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM])
+    }
+
+    /// What turns a product of scaled queries and keys into a logit of base 2. Never 0, and -inf stays -inf under it:
+    /// the engine folds a negative scale's sign into the queries.
+    pub fn logit_scale(scale: f32, unit: f32) -> f32 {
+        max(scale * unit * 1.4426950408889634f32, 1.0e-30f32)
+    }
+
+    /// `-lse` in base 2, 0 where no key is seen.
+    pub fn base2_shift<const BM: i32>(lse: Tile<f32, { [BM, 1] }>) -> Tile<f32, { [BM, 1] }> {
+        let none: Tile<f32, { [BM, 1] }> = constant(f32::NEG_INFINITY, const_shape![BM, 1]);
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let log2e: Tile<f32, { [BM, 1] }> = constant(-1.4426950408889634f32, const_shape![BM, 1]);
+        select(eq_tile(lse, none), zero, lse * log2e)
+    }
+
+    /// `-x`.
+    pub fn zero_minus<const R: i32, const C: i32>(x: Tile<f32, { [R, C] }>) -> Tile<f32, { [R, C] }> {
+        negf(x)
+    }
+
+    /// `visible` with keys along the rows; queries past the end see nothing.
+    pub fn visible_across<const BM: i32, const BN: i32>(
+        lo: Tile<i32, { [BM, 1] }>,
+        hi: Tile<i32, { [BM, 1] }>,
+        skip: Tile<i32, { [BM, 1] }>,
+        first: i32,
+        rows: i32,
+    ) -> Tile<bool, { [BN, BM] }> {
+        let key: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+        let key: Tile<i32, { [BN, BM] }> = (key + broadcast_scalar(first, const_shape![BN])).reshape(const_shape![BN, 1]).broadcast(const_shape![BN, BM]);
+        let query: Tile<i32, { [BM] }> = iota(const_shape![BM]);
+        let query: Tile<i32, { [BN, BM] }> = query.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
+        let lo: Tile<i32, { [BN, BM] }> = lo.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
+        let hi: Tile<i32, { [BN, BM] }> = hi.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
+        let skip: Tile<i32, { [BN, BM] }> = skip.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
+        let rows: Tile<i32, { [BN, BM] }> = broadcast_scalar(rows, const_shape![BN, BM]);
+        ge_tile(key, lo) & lt_tile(key, hi) & ne_tile(key, skip) & lt_tile(query, rows)
+    }
+}

@@ -1,0 +1,128 @@
+//! What is compiled: every kernel with its tile sizes, types and switches.
+
+use cutile_compiler::hints::CompileOptions;
+
+/// One kernel with everything decided.
+pub struct Variant {
+    /// Unique name, also the name of its cubin.
+    pub name: String,
+    /// Entry without the `_entry` that the compiler appends.
+    pub entry: &'static str,
+    module: &'static str,
+    ast: fn() -> cutile_compiler::ast::Module,
+    generics: Vec<String>,
+    /// Input and output type, or "" where all is fp16 and f32 inside.
+    pub dtype: &'static str,
+    /// Query rows of a tile (chunk rows of the preparing kernels).
+    pub bm: i32,
+    /// Key rows of a tile, 0 where there is none.
+    pub bn: i32,
+    /// Padded head dimension.
+    pub d: i32,
+    /// Two fp16 terms for directions and probes.
+    pub high: bool,
+    /// A bias per key.
+    pub bias: bool,
+    /// Wants 16-byte multiples.
+    pub aligned: bool,
+    warps: i32,
+    occupancy: i32,
+    /// Runs products on tensor cores and loads tiles by bulk copies: the budget demands both.
+    pub tensor: bool,
+}
+
+impl Variant {
+    /// Tile IR bytecode for `arch`; needs no GPU.
+    pub fn bytecode(&self, arch: &str) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
+        Ok(cutile::compile_api::KernelCompiler::new(self.ast, self.module, self.entry)
+            .generics(self.generics.clone())
+            .target(arch)
+            .options(CompileOptions::new().num_worker_warps_per_cta(self.warps).occupancy(self.occupancy))
+            .compile()?
+            .bytecode()?)
+    }
+}
+
+/// Tile sizes (query rows, key rows), worker warps and tile blocks per SM, chosen by measurement on an H100.
+fn tiles(entry: &str, d: i32) -> (i32, i32, i32, i32) {
+    match (entry, d) {
+        ("lla_weights", 64) => (64, 128, 4, 2),
+        ("lla_solve", 128) => (64, 64, 8, 1),
+        ("lla_backward_query", 128) => (64, 64, 4, 1),
+        ("lla_backward_key", _) => (64, 64, 8, 1),
+        _ => (64, 64, 4, 2),
+    }
+}
+
+/// Every variant of the bundle.
+pub fn all() -> Vec<Variant> {
+    let mut list = Vec::new();
+    for d in [64, 128] {
+        for dtype in ["bf16", "f16", "f32"] {
+            list.push(Variant {
+                name: format!("lla_poison_{dtype}_d{d}"),
+                entry: "lla_poison",
+                module: "poison",
+                ast: crate::poison::poison::__module_ast_self,
+                generics: vec![dtype.into(), d.to_string()],
+                dtype, bm: 64, bn: 0, d, high: false, bias: false, aligned: false, warps: 4, occupancy: 1, tensor: false,
+            });
+            for entry in ["lla_range", "lla_convert"] {
+                for aligned in [true, false] {
+                    list.push(Variant {
+                        name: format!("{entry}_{dtype}_d{d}_a{}", u8::from(aligned)),
+                        entry,
+                        module: "prepare",
+                        ast: crate::prepare::prepare::__module_ast_self,
+                        generics: vec![dtype.into(), "64".into(), d.to_string(), u8::from(aligned).to_string()],
+                        dtype, bm: 64, bn: 0, d, high: false, bias: false, aligned, warps: 4, occupancy: if d == 64 { 6 } else { 3 }, tensor: false,
+                    });
+                }
+            }
+            // The aligned path is for the common types; a bias and f32 go without.
+            for (bias, aligned) in [(false, true), (false, false), (true, false)] {
+                if aligned && dtype == "f32" {
+                    continue;
+                }
+                list.push(product("lla_weights", dtype, d, false, bias, aligned));
+                list.push(product("lla_output", dtype, d, false, bias, aligned));
+                list.push(product("lla_output", dtype, d, true, bias, aligned));
+                list.push(product("lla_backward_query", dtype, d, false, bias, aligned));
+                list.push(product("lla_backward_key", dtype, d, false, bias, aligned));
+            }
+        }
+        for bias in [false, true] {
+            list.push(product("lla_solve", "", d, false, bias, false));
+            list.push(product("lla_solve", "", d, true, bias, false));
+            list.push(product("lla_mix", "", d, false, bias, false));
+        }
+    }
+    list
+}
+
+fn product(entry: &'static str, dtype: &'static str, d: i32, high: bool, bias: bool, aligned: bool) -> Variant {
+    let (bm, bn, warps, occupancy) = tiles(entry, d);
+    let (module, ast): (_, fn() -> _) = match entry {
+        "lla_weights" => ("weights", crate::weights::weights::__module_ast_self),
+        "lla_solve" => ("solve", crate::solve::solve::__module_ast_self),
+        "lla_output" => ("output", crate::output::output::__module_ast_self),
+        "lla_mix" => ("backward_mix", crate::backward_mix::backward_mix::__module_ast_self),
+        "lla_backward_query" => ("backward_query", crate::backward_query::backward_query::__module_ast_self),
+        _ => ("backward_key", crate::backward_key::backward_key::__module_ast_self),
+    };
+    let flag = |x: bool| u8::from(x).to_string();
+    let mut generics: Vec<String> = if dtype.is_empty() { vec![] } else { vec![dtype.into()] };
+    generics.extend([bm.to_string(), bn.to_string(), d.to_string()]);
+    if matches!(entry, "lla_solve" | "lla_output") {
+        generics.push(flag(high));
+    }
+    generics.push(flag(bias));
+    if !dtype.is_empty() {
+        generics.push(flag(aligned));
+    }
+    let kind = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
+    Variant {
+        name: format!("{entry}{kind}_m{bm}_n{bn}_d{d}_h{}_b{}_a{}", flag(high), flag(bias), flag(aligned)),
+        entry, module, ast, generics, dtype, bm, bn, d, high, bias, aligned, warps, occupancy, tensor: true,
+    }
+}

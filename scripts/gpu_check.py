@@ -1,0 +1,162 @@
+"""Checks and times the GPU kernels against float64 PyTorch: `python3 gpu_check.py FOLDER [--no-check] [--no-time]`.
+
+FOLDER holds the cubins that `cargo xtask kernels` leaves in target/kernels/sm_90. Needs PyTorch and CuPy. Every check draws fresh
+inputs; NaN never passes. The last lines are a table: time and ratio to scaled_dot_product_attention on the same tensors.
+"""
+import sys
+import time
+
+import torch
+
+from gpu_kernels import Kernels, error, gradients, graph_ms, reference, visible
+
+SHAPES = [(64, 1024, 64), (16, 4096, 64), (4, 16384, 64), (32, 1024, 128), (8, 4096, 128), (2, 16384, 128)]
+failures = 0
+
+
+def line(what, errors, limit):
+    global failures
+    ok = all(e <= limit for e in errors.values())
+    failures += not ok
+    print(f"{'ok  ' if ok else 'FAIL'} {what:58s} limit {limit:.1e}  " + "  ".join(f"{n} {e:.2e}" for n, e in errors.items()), flush=True)
+
+
+def tensors(kind, batch, heads, kv_heads, n, m, d, dv, dtype):
+    sigma = torch.logspace(0.7, -1.3, d, device="cuda") if kind == "anisotropic" else torch.ones(d, device="cuda")
+    q = torch.randn(batch, heads, n, d, device="cuda").to(dtype)
+    k = (torch.randn(batch, kv_heads, m, d, device="cuda") * sigma).to(dtype)
+    v = torch.randn(batch, kv_heads, m, dv, device="cuda").to(dtype)
+    return q, k, v, torch.randn(batch, heads, n, dv, device="cuda").to(dtype)
+
+
+def masks(n, m):
+    """Name and mask arguments; the ranges are three packed sequences, causal inside."""
+    cuts = [0, n // 5, n // 2, n]
+    start = torch.zeros(n, dtype=torch.int32, device="cuda")
+    for a, b in zip(cuts, cuts[1:]):
+        start[a:b] = a
+    end = torch.arange(1, n + 1, dtype=torch.int32, device="cuda")
+    yield "full", dict(causal=False)
+    yield "causal with offset", dict(causal=True, offset=m - n)
+    yield "causal window", dict(causal=True, window=max(m // 3, 1), offset=m - n)
+    if n == m:
+        yield "window alone", dict(causal=False, window=max(m // 3, 1))
+        yield "leave one out", dict(causal=False, skip_self=True)
+        yield "packed", dict(causal=False, ranges=(start, end))
+
+
+def check(kernels):
+    for dtype, limit in ((torch.bfloat16, 2.5e-3), (torch.float16, 1.5e-3), (torch.float32, 1.5e-3)):
+        for n, m, d, dv in ((257, 257, 64, 64), (70, 301, 128, 128), (129, 129, 40, 33), (1, 5, 64, 64)):
+            q, k, v, g = tensors("gaussian", 2, 4, 2, n, m, d, dv, dtype)
+            for name, args in masks(n, m):
+                mask = visible(n, m, **args)
+                saved = kernels.forward(q, k, v, 10.0, save=True, tol=1e-3, **args)
+                want, probe, lse = reference(q, k, v, 10.0, mask)
+                finite = mask.any(-1)
+                got_lse = saved["lse"].view(lse.shape)
+                errors = dict(out=error(saved["out"], want), lse=error(got_lse[:, :, finite], lse[:, :, finite]))
+                if not bool((torch.isneginf(got_lse[:, :, ~finite]).all())):
+                    errors["empty rows"] = float("nan")
+                line(f"forward {str(dtype)[6:]} {n}x{m} d{d} dv{dv} {name}", errors, limit)
+                if bool(finite.all()) and n > 1:
+                    got = kernels.backward(q, k, v, g, saved, 10.0, tol=1e-3, **args)
+                    ref = gradients(q, k, v, g, 10.0, mask)
+                    line(f"   backward", {x: error(got[x], r) for x, r in zip(("dq", "dk", "dv", "dridge"), ref)}, 6e-3)
+    # per-query ridge, bias, strides, given probe, high
+    q, k, v, g = tensors("gaussian", 1, 4, 4, 200, 200, 64, 64, torch.bfloat16)
+    mask = visible(200, 200)
+    ridge = torch.rand(1, 4, 200, device="cuda") * 9 + 1
+    line("ridge per query", dict(out=error(kernels.forward(q, k, v, ridge)["out"], reference(q, k, v, ridge, mask)[0])), 2.5e-3)
+    bias = torch.randn(1, 4, 200, device="cuda")
+    saved = kernels.forward(q, k, v, 10.0, bias=bias, save=True)
+    line("bias", dict(out=error(saved["out"], reference(q, k, v, 10.0, mask, bias=bias)[0])), 2.5e-3)
+    got, ref = kernels.backward(q, k, v, g, saved, 10.0, bias=bias), gradients(q, k, v, g, 10.0, mask, bias=bias)
+    line("   backward", {x: error(got[x].reshape(r.shape), r) for x, r in (("dq", ref[0]), ("dk", ref[1]), ("dv", ref[2]), ("dbias", ref[5]))}, 6e-3)
+    given = torch.randn(4, 256, 64, device="cuda") * 0.3
+    given[:, 200:] = 0
+    line("given probe", dict(out=error(kernels.forward(q, k, v, 10.0, given=given)["out"], reference(q, k, v, 10.0, mask, given=given.view(1, 4, 256, 64))[0])), 2.5e-3)
+    swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    line("rows between heads", dict(out=error(kernels.forward(*swapped, 10.0)["out"], reference(q, k, v, 10.0, mask)[0])), 2.5e-3)
+    odd = [torch.nn.functional.pad(t, (0, 1))[..., :-1] for t in (q, k, v)]
+    line("odd row stride", dict(out=error(kernels.forward(*odd, 10.0)["out"], reference(q, k, v, 10.0, mask)[0])), 2.5e-3)
+    big, small = q.float() * 1e-4, k.float() * 1e6
+    line("keys of 1e6", dict(out=error(kernels.forward(big, small, v.float(), 1e13, scale=1e-3)["out"], reference(big, small, v.float(), 1e13, mask, scale=1e-3)[0])), 2.5e-3)
+    for kind, ridge, high, limit in (("gaussian", 10.0, False, 2.5e-3), ("gaussian", 1.0, False, 2.5e-3), ("gaussian", 0.1, True, 3e-3),
+                                     ("gaussian", 0.01, True, 3e-3), ("anisotropic", 1.0, True, 3e-3), ("anisotropic", 0.1, True, 3e-3)):
+        for d in (64, 128):
+            q, k, v, _ = tensors(kind, 1, 2, 2, 1024, 1024, d, d, torch.bfloat16)
+            got = kernels.forward(q, k, v, ridge, high=high, tol=1e-4 if high else 2e-3, cap=400, diagnostics=True)
+            line(f"{kind} ridge {ridge} d{d} {'high' if high else 'default'} ({got['iterations'].float().mean():.1f} iterations)",
+                 dict(out=error(got["out"], reference(q, k, v, ridge, visible(1024, 1024))[0])), limit)
+    # a key that is no number, an infinite value, a query that is no number: only who sees them
+    q, k, v, _ = tensors("gaussian", 1, 2, 2, 300, 300, 64, 64, torch.bfloat16)
+    want = reference(q, k, v, 10.0, visible(300, 300))[0]
+    k[0, 0, 150, 3], v[0, 1, 77, 0], q[0, 0, 20, 1] = float("nan"), float("inf"), float("nan")
+    out = kernels.forward(q, k, v, 10.0)["out"]
+    hit = torch.isnan(out).any(-1)
+    expected = torch.zeros_like(hit)
+    expected[0, 0, 150:], expected[0, 1, 77:], expected[0, 0, 20] = True, True, True
+    line("not-a-number stays where it is seen", dict(out=error(out[~expected], want[~expected]), rows=float((hit != expected).sum())), 2.5e-3)
+    q, k, v, g = tensors("gaussian", 1, 2, 1, 333, 333, 64, 64, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        saved = kernels.forward(q, k, v, 10.0, save=True)
+        grads = kernels.backward(q, k, v, g, saved, 10.0)
+        runs.append([saved["out"], grads["dq"], grads["dk"], grads["dv"]])
+    line("the same bits again", dict(differ=float(sum((a != b).sum() for a, b in zip(*runs)))), 0.0)
+
+
+def timings(kernels):
+    print("\nbf16, causal, ridge 10, tolerance 2e-3; milliseconds, ratio to scaled_dot_product_attention in brackets")
+    print("| B, N, D | forward | error 10 / 1 | iterations | backward | dq dk dv 10 |")
+    for heads, n, d in SHAPES:
+        q, k, v, g = tensors("gaussian", 1, heads, heads, n, n, d, d, torch.bfloat16)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        base = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        f = graph_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        for _ in range(5):
+            torch.autograd.grad(base, leaves, g, retain_graph=True)
+        times = []
+        for _ in range(5):
+            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(20_000_000)  # the queue fills while the device waits: no host time between the calls
+            a.record()
+            for _ in range(10):
+                torch.autograd.grad(base, leaves, g, retain_graph=True)
+            b.record()
+            torch.cuda.synchronize()
+            times.append(a.elapsed_time(b) / 10)
+        back = sorted(times)[2]
+        lam = torch.full((1, heads, n), 10.0, device="cuda")
+        out = torch.empty_like(q)
+        tf = graph_ms(lambda: kernels.forward(q, k, v, lam, tol=2e-3, out=out))
+        saved = kernels.forward(q, k, v, lam, tol=2e-3, save=True)
+        tb = graph_ms(lambda: kernels.backward(q, k, v, g, saved, lam, tol=2e-3))
+        part = slice(0, 2)
+        rows = torch.cat([torch.arange(256, device="cuda"), torch.randint(256, n, (256,), device="cuda").sort()[0]])
+        errs = []
+        for ridge in (10.0, 1.0):
+            got = kernels.forward(q, k, v, ridge, tol=2e-3, diagnostics=True)
+            its = got["iterations"].float().mean().item() if ridge == 10.0 else its
+            errs.append(error(got["out"][:, part, rows], reference(q[:, part], k[:, part], v[:, part], ridge, visible(n, n), rows=rows)[0]))
+        grads = ""
+        if n <= 1024:
+            got, ref = kernels.backward(q, k, v, g, saved, lam, tol=2e-3), gradients(*(t[:, :1] for t in (q, k, v, g)), 10.0, visible(n, n))
+            grads = " ".join(f"{error(got[x][:, :1], r):.1e}" for x, r in zip(("dq", "dk", "dv"), ref))
+        print(f"| {heads}, {n}, {d} | {tf:.3f} ({tf / f:.2f}) | {errs[0]:.1e} {errs[1]:.1e} | {its:.2f} | {tb:.3f} ({tb / back:.2f}) | {grads} | sdpa {f:.4f} {back:.4f}", flush=True)
+
+
+def main():
+    torch.manual_seed(int(time.time()))
+    kernels = Kernels(sys.argv[1])
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    if "--no-check" not in sys.argv:
+        check(kernels)
+        print(f"{failures} failed" if failures else "all passed")
+    if "--no-time" not in sys.argv:
+        timings(kernels)
+    sys.exit(failures > 0)
+
+
+main()
