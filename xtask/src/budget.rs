@@ -25,7 +25,11 @@ impl Facts {
     pub fn read(tools: &Toolchain, cubin: &Path) -> Result<Self> {
         let print = |flag: &str| -> Result<String> {
             let output = tools.tool("cuobjdump").arg(flag).arg(cubin).output()?;
-            ensure!(output.status.success(), "cuobjdump {flag}: {}", String::from_utf8_lossy(&output.stderr).trim());
+            ensure!(
+                output.status.success(),
+                "cuobjdump {flag}: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         };
         let usage = print("-res-usage")?;
@@ -35,7 +39,8 @@ impl Facts {
         };
         let sass = print("-sass")?;
         let code = instructions(&sass);
-        let count = |words: &[&str]| code.iter().filter(|(_, t)| words.iter().any(|w| t.contains(w))).count() as u32;
+        let count =
+            |words: &[&str]| code.iter().filter(|(_, t)| words.iter().any(|w| t.contains(w))).count() as u32;
         Ok(Self {
             registers: number("REG:")?,
             stack: number("STACK:")?,
@@ -52,7 +57,9 @@ impl Facts {
     }
 
     pub fn from_json(value: &Value) -> Result<Self> {
-        let get = |key: &str| -> Result<u32> { Ok(value[key].as_u64().with_context(|| format!("no {key} in a kernel's facts"))? as u32) };
+        let get = |key: &str| -> Result<u32> {
+            Ok(value[key].as_u64().with_context(|| format!("no {key} in a kernel's facts"))? as u32)
+        };
         Ok(Self {
             registers: get("registers")?,
             stack: get("stack")?,
@@ -83,13 +90,20 @@ fn loop_spills(code: &[(u64, &str)]) -> u32 {
         .iter()
         .filter(|(_, t)| t.contains("BRA"))
         .filter_map(|&(end, t)| {
-            let start = u64::from_str_radix(t.rsplit("0x").next()?.trim(), 16).ok().filter(|_| t.contains("0x"))?;
-            let real = start < end && within(start, end).any(|(_, t)| t.contains("HGMMA")) && !within(start, end).any(|(_, t)| t.contains("EXIT"));
+            let start =
+                u64::from_str_radix(t.rsplit("0x").next()?.trim(), 16).ok().filter(|_| t.contains("0x"))?;
+            let real = start < end
+                && within(start, end).any(|(_, t)| t.contains("HGMMA"))
+                && !within(start, end).any(|(_, t)| t.contains("EXIT"));
             real.then_some((start, end))
         })
         .collect();
-    let inner = loops.iter().filter(|&&(a, b)| !loops.iter().any(|&(c, d)| (c, d) != (a, b) && a <= c && d <= b));
-    inner.map(|&(a, b)| within(a, b).filter(|(_, t)| t.contains("STL") || t.contains("LDL")).count() as u32).max().unwrap_or(0)
+    let inner =
+        loops.iter().filter(|&&(a, b)| !loops.iter().any(|&(c, d)| (c, d) != (a, b) && a <= c && d <= b));
+    inner
+        .map(|&(a, b)| within(a, b).filter(|(_, t)| t.contains("STL") || t.contains("LDL")).count() as u32)
+        .max()
+        .unwrap_or(0)
 }
 
 /// Most bytes of stack and most spills per trip of the inner loop. The solver keeps its vectors across iterations and spills them
@@ -110,10 +124,16 @@ pub fn check(kernels: &[Kernel]) -> Result<()> {
     for k in kernels.iter().filter(|k| k.arch == "sm_90") {
         let (f, (stack, spills)) = (&k.facts, limits(&k.variant.entry, k.variant.numbers[3] == 1));
         if f.stack > stack || f.loop_spills > spills {
-            over.push(format!("{}: {} bytes of stack (at most {stack}), {} spills in the inner loop (at most {spills})", k.variant.name, f.stack, f.loop_spills));
+            over.push(format!(
+                "{}: {} bytes of stack (at most {stack}), {} spills in the inner loop (at most {spills})",
+                k.variant.name, f.stack, f.loop_spills
+            ));
         }
         if k.variant.tensor() && (f.products == 0 || f.copies == 0) {
-            over.push(format!("{}: {} tensor-core products, {} bulk copies: there must be some of both", k.variant.name, f.products, f.copies));
+            over.push(format!(
+                "{}: {} tensor-core products, {} bulk copies: there must be some of both",
+                k.variant.name, f.products, f.copies
+            ));
         }
     }
     if !over.is_empty() {

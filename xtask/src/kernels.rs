@@ -64,7 +64,8 @@ pub struct Kernel {
 }
 
 pub fn run(request: &Request) -> Result<()> {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
     let folder = target.join("kernels");
     fs::create_dir_all(&folder)?;
     let tools = Toolchain::set_up(&folder)?;
@@ -98,7 +99,8 @@ fn compile(tools: &Toolchain, folder: &Path, arch: &str, request: &Request) -> R
         .stderr(std::process::Stdio::inherit())
         .output()?;
     ensure!(output.status.success(), "the kernel compiler failed");
-    let list: Vec<Variant> = String::from_utf8(output.stdout)?.lines().map(Variant::parse).collect::<Result<_>>()?;
+    let list: Vec<Variant> =
+        String::from_utf8(output.stdout)?.lines().map(Variant::parse).collect::<Result<_>>()?;
     let (next, fresh) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let failed = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -107,7 +109,12 @@ fn compile(tools: &Toolchain, folder: &Path, arch: &str, request: &Request) -> R
             scope.spawn(|| {
                 while let Some(v) = list.get(next.fetch_add(1, Ordering::Relaxed)) {
                     match assemble(tools, folder, arch, &v.name) {
-                        Ok(true) => eprintln!("[{}/{}] {}", fresh.fetch_add(1, Ordering::Relaxed) + 1, list.len(), v.name),
+                        Ok(true) => eprintln!(
+                            "[{}/{}] {}",
+                            fresh.fetch_add(1, Ordering::Relaxed) + 1,
+                            list.len(),
+                            v.name
+                        ),
                         Ok(false) => {}
                         Err(e) => failed.lock().expect("no panics").push(format!("{}: {e:#}", v.name)),
                     }
@@ -123,7 +130,12 @@ fn compile(tools: &Toolchain, folder: &Path, arch: &str, request: &Request) -> R
         .map(|variant| {
             let at = |end: &str| folder.join(format!("{}.{end}", variant.name));
             let facts = serde_json::from_slice::<serde_json::Value>(&fs::read(at("json"))?)?;
-            Ok(Kernel { cubin: fs::read(at("cubin"))?, facts: Facts::from_json(&facts)?, arch: arch.into(), variant })
+            Ok(Kernel {
+                cubin: fs::read(at("cubin"))?,
+                facts: Facts::from_json(&facts)?,
+                arch: arch.into(),
+                variant,
+            })
         })
         .collect()
 }
@@ -142,7 +154,13 @@ fn assemble(tools: &Toolchain, folder: &Path, arch: &str, name: &str) -> Result<
         return Ok(false);
     }
     if !assembled {
-        let output = tools.tool("tileiras").arg(format!("--gpu-name={arch}")).arg(at("bc")).arg("-o").arg(at("cubin")).output()?;
+        let output = tools
+            .tool("tileiras")
+            .arg(format!("--gpu-name={arch}"))
+            .arg(at("bc"))
+            .arg("-o")
+            .arg(at("cubin"))
+            .output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
         fs::write(at("key"), key)?;
     }

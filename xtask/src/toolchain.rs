@@ -35,13 +35,19 @@ impl Toolchain {
         let done = venv.join(format!("installed-{VERSION}"));
         if !done.exists() {
             eprintln!("installing NVIDIA's compiler wheels ({VERSION}) into {}", venv.display());
-            run(Command::new("python3").args(["-m", "venv"]).arg(&venv)).context("python3 -m venv failed; on Debian: apt-get install python3-venv")?;
+            run(Command::new("python3").args(["-m", "venv"]).arg(&venv))
+                .context("python3 -m venv failed; on Debian: apt-get install python3-venv")?;
             run(Command::new(venv.join("bin/pip")).args(["install", "--quiet"]).args(WHEELS))?;
             fs::write(&done, "")?;
         }
         let lib = fs::read_dir(venv.join("lib"))?.next().context("the virtual environment is empty")??.path();
         let root = lib.join("site-packages/nvidia/cu13");
-        ensure!(root.join("bin/tileiras").exists(), "no tileiras in {}: delete {} and try again", root.display(), venv.display());
+        ensure!(
+            root.join("bin/tileiras").exists(),
+            "no tileiras in {}: delete {} and try again",
+            root.display(),
+            venv.display()
+        );
         Ok(Self { root, libclang })
     }
 
@@ -56,21 +62,30 @@ impl Toolchain {
 }
 
 fn libclang() -> Result<PathBuf> {
-    let mut folders: Vec<PathBuf> = std::env::var_os("LIBCLANG_PATH").map(PathBuf::from).into_iter().collect();
+    let mut folders: Vec<PathBuf> =
+        std::env::var_os("LIBCLANG_PATH").map(PathBuf::from).into_iter().collect();
     if let Ok(list) = fs::read_dir("/usr/lib") {
-        let llvm = list.flatten().map(|e| e.path()).filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("llvm-")));
+        let llvm = list
+            .flatten()
+            .map(|e| e.path())
+            .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("llvm-")));
         folders.extend(llvm.map(|p| p.join("lib")));
     }
-    folders.extend(["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64"].map(PathBuf::from));
+    folders
+        .extend(["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64"].map(PathBuf::from));
     for folder in folders {
         let Ok(list) = fs::read_dir(&folder) else { continue };
-        if list.flatten().any(|e| e.file_name().to_string_lossy().starts_with("libclang") && e.file_name().to_string_lossy().contains(".so")
-            && !e.file_name().to_string_lossy().starts_with("libclang-cpp"))
-        {
+        if list.flatten().any(|e| {
+            e.file_name().to_string_lossy().starts_with("libclang")
+                && e.file_name().to_string_lossy().contains(".so")
+                && !e.file_name().to_string_lossy().starts_with("libclang-cpp")
+        }) {
             return Ok(folder);
         }
     }
-    bail!("libclang is missing, which building the kernel compiler needs: on Debian, apt-get install libclang-dev (or set LIBCLANG_PATH)")
+    bail!(
+        "libclang is missing, which building the kernel compiler needs: on Debian, apt-get install libclang-dev (or set LIBCLANG_PATH)"
+    )
 }
 
 /// Runs a command to its end.

@@ -9,24 +9,31 @@ pub mod backward_key {
     /// `ALIGNED` = 1: bases, strides and columns of dk and dv are multiples of 16 bytes.
     /// Grid (batch * kv_heads, blocks of BN keys).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_backward_key<E: ElementType, const BM: i32, const BN: i32, const D: i32, const BIAS: i32, const ALIGNED: i32>(
-        qh: *mut f16,         // [batch * heads, np, D], one unit per head
-        gh: *mut f16,         // the same of the output's gradient
-        xh: *mut f16,         // the same of the probe
-        yh: *mut f16,         // the same of y
-        kh: *mut f16,         // [batch * kv_heads, mp, D]
-        vh: *mut f16,         // [batch * kv_heads, mp, D]
-        q_unit: *mut f32,     // [2, batch * heads]: units of qh and gh
-        x_unit: *mut f32,     // [batch * heads]: unit of xh
-        y_unit: *mut f32,     // [batch * heads]: unit of yh
-        unit: *mut f32,       // [2, batch * kv_heads]: units of kh and vh
-        row: *mut f32,        // [8, batch * heads, np]: 1 -lse (base 2), 3 1 + x.kbar, 4 y.kbar - mean of g.v, 5 sum p e a
-        dk: *mut E,           // out [batch, kv_heads, m, d], strided
-        dv: *mut E,           // out [batch, kv_heads, m, dv], strided
-        dbias: *mut f32,      // out [batch * heads, m]; BIAS = 1 only
+    pub unsafe fn lla_backward_key<
+        E: ElementType,
+        const BM: i32,
+        const BN: i32,
+        const D: i32,
+        const BIAS: i32,
+        const ALIGNED: i32,
+    >(
+        qh: *mut f16,          // [batch * heads, np, D], one unit per head
+        gh: *mut f16,          // the same of the output's gradient
+        xh: *mut f16,          // the same of the probe
+        yh: *mut f16,          // the same of y
+        kh: *mut f16,          // [batch * kv_heads, mp, D]
+        vh: *mut f16,          // [batch * kv_heads, mp, D]
+        q_unit: *mut f32,      // [2, batch * heads]: units of qh and gh
+        x_unit: *mut f32,      // [batch * heads]: unit of xh
+        y_unit: *mut f32,      // [batch * heads]: unit of yh
+        unit: *mut f32,        // [2, batch * kv_heads]: units of kh and vh
+        row: *mut f32, // [8, batch * heads, np]: 1 -lse (base 2), 3 1 + x.kbar, 4 y.kbar - mean of g.v, 5 sum p e a
+        dk: *mut E,    // out [batch, kv_heads, m, d], strided
+        dv: *mut E,    // out [batch, kv_heads, m, dv], strided
+        dbias: *mut f32, // out [batch * heads, m]; BIAS = 1 only
         first_query: *mut i32, // [batch, blocks of BN keys]: first query that sees any of them; option 4 only
-        end_query: *mut i32,  // the same: one past the last
-        block_batch: i32,     // stride of the batch in those two
+        end_query: *mut i32, // the same: one past the last
+        block_batch: i32, // stride of the batch in those two
         options: i32,
         heads: i32,
         kv_heads: i32,
@@ -36,14 +43,14 @@ pub mod backward_key {
         mp: i32,
         offset: i32,
         window: i32,
-        lo: *mut i32,         // [batch, n]; option 4 only
+        lo: *mut i32, // [batch, n]; option 4 only
         hi: *mut i32,
         range_batch: i32,
-        bias: *mut f32,       // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias: *mut f32, // [batch, heads, m], strided, unit last; BIAS = 1 only
         bias_batch: i32,
         bias_head: i32,
         d: i32,
-        dvs: i32,             // columns of dv
+        dvs: i32, // columns of dv
         dk_batch: i64,
         dk_head: i64,
         dk_row: i32,
@@ -127,7 +134,8 @@ pub mod backward_key {
             let yue: f32 = yu / eu;
             let sq: f32 = scale * qu;
             let top: f32 = max(max(max(sq, 0.0f32 - sq), xu), yue);
-            let sc: Tile<f32, { [BN, BM] }> = broadcast_scalar(logit_scale(scale, qu * ku), const_shape![BN, BM]);
+            let sc: Tile<f32, { [BN, BM] }> =
+                broadcast_scalar(logit_scale(scale, qu * ku), const_shape![BN, BM]);
             let q_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(sq / top, const_shape![BN, BM]);
             let x_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - xu / top, const_shape![BN, BM]);
             let y_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - yue / top, const_shape![BN, BM]);
@@ -144,17 +152,24 @@ pub mod backward_key {
                 let tx: Tile<f16, { [BM, D] }> = xp.load([tile, 0i32]);
                 let ty: Tile<f16, { [BM, D] }> = yp.load([tile, 0i32]);
                 let at: i64 = base + wide(i * BM);
-                let sh: Tile<f32, { [BN, BM] }> = load_across::<BM, BN>(slice::<f32>(row, all_rows + at)) + boost;
-                let xk: Tile<f32, { [BN, BM] }> = load_across::<BM, BN>(slice::<f32>(row, wide(3i32) * all_rows + at));
-                let ek: Tile<f32, { [BN, BM] }> = load_across::<BM, BN>(slice::<f32>(row, wide(4i32) * all_rows + at)) * inv_eu;
-                let mean: Tile<f32, { [BN, BM] }> = load_across::<BM, BN>(slice::<f32>(row, wide(5i32) * all_rows + at)) * inv_eu;
+                let sh: Tile<f32, { [BN, BM] }> =
+                    load_across::<BM, BN>(slice::<f32>(row, all_rows + at)) + boost;
+                let xk: Tile<f32, { [BN, BM] }> =
+                    load_across::<BM, BN>(slice::<f32>(row, wide(3i32) * all_rows + at));
+                let ek: Tile<f32, { [BN, BM] }> =
+                    load_across::<BM, BN>(slice::<f32>(row, wide(4i32) * all_rows + at)) * inv_eu;
+                let mean: Tile<f32, { [BN, BM] }> =
+                    load_across::<BM, BN>(slice::<f32>(row, wide(5i32) * all_rows + at)) * inv_eu;
                 let mut s: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, tq) * sc;
                 let gamma: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(vt, tg);
                 let xx: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, tx);
                 let yy: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, ty);
                 if BIAS == 1i32 {
-                    let bias_at: i64 = wide(batch) * wide(bias_batch) + wide(bh - batch * heads) * wide(bias_head) + wide(first);
-                    let b: Tile<f32, { [BN, 1] }> = load_rowwise::<f32, BN>(slice::<f32>(bias, bias_at), 1i32, m - first);
+                    let bias_at: i64 = wide(batch) * wide(bias_batch)
+                        + wide(bh - batch * heads) * wide(bias_head)
+                        + wide(first);
+                    let b: Tile<f32, { [BN, 1] }> =
+                        load_rowwise::<f32, BN>(slice::<f32>(bias, bias_at), 1i32, m - first);
                     let log2e: Tile<f32, { [BN, 1] }> = constant(1.4426950408889634f32, const_shape![BN, 1]);
                     s = s + across::<BN, BM>(b * log2e);
                 }
@@ -162,16 +177,24 @@ pub mod backward_key {
                     let rows: i32 = n - i * BM;
                     let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(i * BM, n, offset);
                     let range_at: i64 = wide(batch) * wide(range_batch) + wide(i * BM);
-                    let row_lo: Tile<i32, { [BM, 1] }> = first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
+                    let row_lo: Tile<i32, { [BM, 1] }> =
+                        first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
                     let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM>(options, pos, m, hi, range_at, rows);
                     let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
                     s = select(visible_across::<BM, BN>(row_lo, row_hi, skip, first, rows), s, never);
                 }
                 let p: Tile<f32, { [BN, BM] }> = exp2(s + sh, ftz::Enabled);
                 let a: Tile<f32, { [BN, BM] }> = fma(xx, x_in, xk, rounding::NearestEven, ftz::Enabled);
-                let e: Tile<f32, { [BN, BM] }> = fma(gamma, g_in, fma(yy, y_in, ek, rounding::NearestEven, ftz::Enabled), rounding::NearestEven, ftz::Enabled);
+                let e: Tile<f32, { [BN, BM] }> = fma(
+                    gamma,
+                    g_in,
+                    fma(yy, y_in, ek, rounding::NearestEven, ftz::Enabled),
+                    rounding::NearestEven,
+                    ftz::Enabled,
+                );
                 let pa: Tile<f32, { [BN, BM] }> = p * a;
-                let ds: Tile<f32, { [BN, BM] }> = fma(pa, e, p * (zero_minus::<BN, BM>(mean)), rounding::NearestEven, ftz::Enabled);
+                let ds: Tile<f32, { [BN, BM] }> =
+                    fma(pa, e, p * (zero_minus::<BN, BM>(mean)), rounding::NearestEven, ftz::Enabled);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(pa);
                 dv_g = mma(w, tg, dv_g);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(pa * y_out);
@@ -191,7 +214,11 @@ pub mod backward_key {
             dv_all = fma(dv_g, vc, dv_all, rounding::NearestEven, ftz::Disabled);
             if BIAS == 1i32 {
                 let bc: Tile<f32, { [BN, 1] }> = broadcast_scalar(eu * 0.0078125f32, const_shape![BN, 1]);
-                store_column::<f32, BN>(slice::<f32>(dbias, wide(bh) * wide(m) + wide(first)), m - first, (db * bc).reshape(const_shape![BN]));
+                store_column::<f32, BN>(
+                    slice::<f32>(dbias, wide(bh) * wide(m) + wide(first)),
+                    m - first,
+                    (db * bc).reshape(const_shape![BN]),
+                );
             }
         }
         let keys: i32 = m - first;

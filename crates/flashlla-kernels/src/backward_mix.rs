@@ -8,31 +8,31 @@ pub mod backward_mix {
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
     pub unsafe fn lla_mix<const BM: i32, const BN: i32, const D: i32, const BIAS: i32>(
-        qh: *mut f16,         // [batch * heads, np, D], one unit per head
-        gh: *mut f16,         // the same of the output's gradient
-        kh: *mut f16,         // [batch * kv_heads, mp, D]
-        vh: *mut f16,         // [batch * kv_heads, mp, D]
-        q_unit: *mut f32,     // [2, batch * heads]: units of qh and gh
-        unit: *mut f32,       // [2, batch * kv_heads]: units of kh and vh
-        lse: *mut f32,        // [batch * heads, n], natural
-        key_mean: *mut f32,   // [batch * heads, np, D]
-        c: *mut f32,          // out [batch * heads, np, D]: covariance of g.v and k
-        row: *mut f32,        // out [8, batch * heads, np]: 0 logit scale, 1 -lse (base 2; 0 if no key is seen), 7 mean of g.v
+        qh: *mut f16,       // [batch * heads, np, D], one unit per head
+        gh: *mut f16,       // the same of the output's gradient
+        kh: *mut f16,       // [batch * kv_heads, mp, D]
+        vh: *mut f16,       // [batch * kv_heads, mp, D]
+        q_unit: *mut f32,   // [2, batch * heads]: units of qh and gh
+        unit: *mut f32,     // [2, batch * kv_heads]: units of kh and vh
+        lse: *mut f32,      // [batch * heads, n], natural
+        key_mean: *mut f32, // [batch * heads, np, D]
+        c: *mut f32,        // out [batch * heads, np, D]: covariance of g.v and k
+        row: *mut f32, // out [8, batch * heads, np]: 0 logit scale, 1 -lse (base 2; 0 if no key is seen), 7 mean of g.v
         options: i32,
         heads: i32,
         kv_heads: i32,
         n: i32,
-        np: i32,              // n rounded up to 128
+        np: i32, // n rounded up to 128
         m: i32,
-        mp: i32,              // m rounded up to 128
+        mp: i32, // m rounded up to 128
         offset: i32,
         window: i32,
-        lo: *mut i32,         // [batch, n]: first visible key; option 4 only
-        hi: *mut i32,         // [batch, n]: one past the last
+        lo: *mut i32, // [batch, n]: first visible key; option 4 only
+        hi: *mut i32, // [batch, n]: one past the last
         range_batch: i32,
-        bounds: *mut i32,     // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
+        bounds: *mut i32, // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
         bounds_batch: i32,
-        bias: *mut f32,       // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias: *mut f32, // [batch, heads, m], strided, unit last; BIAS = 1 only
         bias_batch: i32,
         bias_head: i32,
         scale: f32,
@@ -59,8 +59,10 @@ pub mod backward_mix {
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
         let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
-        let mut full0: i32 = ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let end: i32 =
+            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let mut full0: i32 =
+            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
         let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
         if (full1 <= full0) || ((options & 8i32) != 0i32) {
             full0 = begin;
@@ -87,8 +89,13 @@ pub mod backward_mix {
         let gt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(gh, grid.0 * np);
         let gp: Partition<f16, { [BM, D] }> = gt0.partition(const_shape![BM, D]);
         let tg: Tile<f16, { [BM, D] }> = gp.load([tile, 0i32]);
-        let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(grid.0 + bh))) * load_scalar(slice::<f32>(unit, wide(kvs + kv)));
-        let shift: Tile<f32, { [BM, 1] }> = base2_shift::<BM>(load_rowwise::<f32, BM>(slice::<f32>(lse, wide(bh) * wide(n) + wide(first)), 1i32, rows));
+        let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(grid.0 + bh)))
+            * load_scalar(slice::<f32>(unit, wide(kvs + kv)));
+        let shift: Tile<f32, { [BM, 1] }> = base2_shift::<BM>(load_rowwise::<f32, BM>(
+            slice::<f32>(lse, wide(bh) * wide(n) + wide(first)),
+            1i32,
+            rows,
+        ));
         let boost: Tile<f32, { [BM, 1] }> = constant(7.0f32, const_shape![BM, 1]);
         let undo: Tile<f32, { [BM, 1] }> = constant(0.0078125f32, const_shape![BM, 1]);
         let sh: Tile<f32, { [BM, 1] }> = shift + boost;

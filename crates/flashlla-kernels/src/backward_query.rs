@@ -8,39 +8,46 @@ pub mod backward_query {
     /// `ALIGNED` = 1: dq's base, strides and columns are multiples of 16 bytes.
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_backward_query<E: ElementType, const BM: i32, const BN: i32, const D: i32, const BIAS: i32, const ALIGNED: i32>(
-        qh: *mut f16,         // [batch * heads, np, D], one unit per head
-        gh: *mut f16,         // the same of the output's gradient
-        xh: *mut f16,         // the same of the probe
-        yh: *mut f16,         // the same of y
-        kh: *mut f16,         // [batch * kv_heads, mp, D]
-        vh: *mut f16,         // [batch * kv_heads, mp, D]
-        q_unit: *mut f32,     // [2, batch * heads]: units of qh and gh
-        x_unit: *mut f32,     // [batch * heads]: unit of xh
-        y_unit: *mut f32,     // [batch * heads]: unit of yh
-        unit: *mut f32,       // [2, batch * kv_heads]: units of kh and vh
-        key_mean: *mut f32,   // [batch * heads, np, D]
-        x: *mut f32,          // [batch * heads, np, D]
-        y: *mut f32,          // [batch * heads, np, D]
-        row: *mut f32,        // [8, batch * heads, np]: in as lla_mix left it; out: 3 1 + x.kbar, 4 y.kbar - mean of g.v, 5 sum p e a
-        dq: *mut E,           // out [batch, heads, n, d], strided
-        dridge: *mut f32,     // out [batch * heads, n]
-        dscale: *mut f32,     // out [batch * heads, n]: each query's part
+    pub unsafe fn lla_backward_query<
+        E: ElementType,
+        const BM: i32,
+        const BN: i32,
+        const D: i32,
+        const BIAS: i32,
+        const ALIGNED: i32,
+    >(
+        qh: *mut f16,       // [batch * heads, np, D], one unit per head
+        gh: *mut f16,       // the same of the output's gradient
+        xh: *mut f16,       // the same of the probe
+        yh: *mut f16,       // the same of y
+        kh: *mut f16,       // [batch * kv_heads, mp, D]
+        vh: *mut f16,       // [batch * kv_heads, mp, D]
+        q_unit: *mut f32,   // [2, batch * heads]: units of qh and gh
+        x_unit: *mut f32,   // [batch * heads]: unit of xh
+        y_unit: *mut f32,   // [batch * heads]: unit of yh
+        unit: *mut f32,     // [2, batch * kv_heads]: units of kh and vh
+        key_mean: *mut f32, // [batch * heads, np, D]
+        x: *mut f32,        // [batch * heads, np, D]
+        y: *mut f32,        // [batch * heads, np, D]
+        row: *mut f32, // [8, batch * heads, np]: in as lla_mix left it; out: 3 1 + x.kbar, 4 y.kbar - mean of g.v, 5 sum p e a
+        dq: *mut E,    // out [batch, heads, n, d], strided
+        dridge: *mut f32, // out [batch * heads, n]
+        dscale: *mut f32, // out [batch * heads, n]: each query's part
         options: i32,
         heads: i32,
         kv_heads: i32,
         n: i32,
-        np: i32,              // n rounded up to 128
+        np: i32, // n rounded up to 128
         m: i32,
-        mp: i32,              // m rounded up to 128
+        mp: i32, // m rounded up to 128
         offset: i32,
         window: i32,
-        lo: *mut i32,         // [batch, n]: first visible key; option 4 only
-        hi: *mut i32,         // [batch, n]: one past the last
+        lo: *mut i32, // [batch, n]: first visible key; option 4 only
+        hi: *mut i32, // [batch, n]: one past the last
         range_batch: i32,
-        bounds: *mut i32,     // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
+        bounds: *mut i32, // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
         bounds_batch: i32,
-        bias: *mut f32,       // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias: *mut f32, // [batch, heads, m], strided, unit last; BIAS = 1 only
         bias_batch: i32,
         bias_head: i32,
         d: i32,
@@ -71,8 +78,10 @@ pub mod backward_query {
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
         let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
-        let mut full0: i32 = ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let end: i32 =
+            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let mut full0: i32 =
+            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
         let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
         if (full1 <= full0) || ((options & 8i32) != 0i32) {
             full0 = begin;
@@ -99,8 +108,10 @@ pub mod backward_query {
         let gt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(gh, grid.0 * np);
         let gp: Partition<f16, { [BM, D] }> = gt0.partition(const_shape![BM, D]);
         let tg: Tile<f16, { [BM, D] }> = gp.load([tile, 0i32]);
-        let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(grid.0 + bh))) * load_scalar(slice::<f32>(unit, wide(kvs + kv)));
-        let shift: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
+        let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(grid.0 + bh)))
+            * load_scalar(slice::<f32>(unit, wide(kvs + kv)));
+        let shift: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
         let xt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(xh, grid.0 * np);
         let xp: Partition<f16, { [BM, D] }> = xt0.partition(const_shape![BM, D]);
         let tx: Tile<f16, { [BM, D] }> = xp.load([tile, 0i32]);
@@ -116,7 +127,8 @@ pub mod backward_query {
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
         let kbar: Tile<f32, { [BM, D] }> = mp0.load([tile, 0i32]);
         let seven: i64 = wide(7i32) * all_rows;
-        let mean: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, seven + at_row), 1i32, BM);
+        let mean: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(row, seven + at_row), 1i32, BM);
         let xf: Tile<f32, { [BM, D] }> = xfp.load([tile, 0i32]);
         let yf: Tile<f32, { [BM, D] }> = yfp.load([tile, 0i32]);
         let xk: Tile<f32, { [BM, 1] }> = one + row_dot::<BM, D>(xf, kbar);
@@ -151,7 +163,13 @@ pub mod backward_query {
             }
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
             let a: Tile<f32, { [BM, BN] }> = fma(xx, x_in, xk_b, rounding::NearestEven, ftz::Enabled);
-            let e: Tile<f32, { [BM, BN] }> = fma(gamma, g_in, fma(yy, y_in, ek_b, rounding::NearestEven, ftz::Enabled), rounding::NearestEven, ftz::Enabled);
+            let e: Tile<f32, { [BM, BN] }> = fma(
+                gamma,
+                g_in,
+                fma(yy, y_in, ek_b, rounding::NearestEven, ftz::Enabled),
+                rounding::NearestEven,
+                ftz::Enabled,
+            );
             let w: Tile<f32, { [BM, BN] }> = p * (e * a);
             let sum: Tile<f32, { [BM] }> = reduce_sum(w, 1i32);
             total = total + sum.reshape(const_shape![BM, 1]);
@@ -178,14 +196,27 @@ pub mod backward_query {
             store_rows::<E, BM, D>(slice::<E>(dq, dq_at), dq_row, rows, d, gb);
         }
         let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
-        let qun: Tile<f32, { [BM, 1] }> = broadcast_scalar(load_scalar(slice::<f32>(q_unit, wide(bh))), const_shape![BM, 1]);
+        let qun: Tile<f32, { [BM, 1] }> =
+            broadcast_scalar(load_scalar(slice::<f32>(q_unit, wide(bh))), const_shape![BM, 1]);
         let at: i64 = wide(bh) * wide(n) + wide(first);
         let xf: Tile<f32, { [BM, D] }> = xfp.load([tile, 0i32]);
-        store_column::<f32, BM>(slice::<f32>(dscale, at), rows, (row_dot::<BM, D>(qf, sk) * qun).reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(dridge, at), rows, row_dot::<BM, D>(xf, yf).reshape(const_shape![BM]));
+        store_column::<f32, BM>(
+            slice::<f32>(dscale, at),
+            rows,
+            (row_dot::<BM, D>(qf, sk) * qun).reshape(const_shape![BM]),
+        );
+        store_column::<f32, BM>(
+            slice::<f32>(dridge, at),
+            rows,
+            row_dot::<BM, D>(xf, yf).reshape(const_shape![BM]),
+        );
         let base: i64 = all_rows + all_rows + all_rows + at_row;
         store_column::<f32, BM>(slice::<f32>(row, base), BM, xk.reshape(const_shape![BM]));
         store_column::<f32, BM>(slice::<f32>(row, base + all_rows), BM, ek.reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows), BM, total.reshape(const_shape![BM]));
+        store_column::<f32, BM>(
+            slice::<f32>(row, base + all_rows + all_rows),
+            BM,
+            total.reshape(const_shape![BM]),
+        );
     }
 }

@@ -11,7 +11,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: flashlla-kernels OUT_DIR ARCH [NAME_PART]".into());
     };
     let part = rest.first().map_or("", String::as_str);
-    let list: Vec<_> = flashlla_kernels::variants::all().into_iter().filter(|v| v.name.contains(part)).collect();
+    let list: Vec<_> =
+        flashlla_kernels::variants::all().into_iter().filter(|v| v.name.contains(part)).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let next = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| -> Result<(), Box<dyn Error>> {
@@ -37,7 +38,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     })?;
     for v in &list {
         let flag = u8::from;
-        println!("{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}", v.name, v.entry, v.dtype, v.bm, v.bn, v.d, flag(v.high), flag(v.bias), flag(v.aligned), flag(v.tensor));
+        println!(
+            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}",
+            v.name,
+            v.entry,
+            v.dtype,
+            v.bm,
+            v.bn,
+            v.d,
+            flag(v.high),
+            flag(v.bias),
+            flag(v.aligned),
+            flag(v.tensor)
+        );
     }
     Ok(())
 }

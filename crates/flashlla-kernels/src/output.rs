@@ -8,29 +8,37 @@ pub mod output {
     /// `ALIGNED` = 1: out's base, strides and columns are multiples of 16 bytes.
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_output<E: ElementType, const BM: i32, const BN: i32, const D: i32, const HIGH: i32, const BIAS: i32, const ALIGNED: i32>(
-        qh: *mut f16,         // [batch * heads, np, D]
-        xh: *mut f16,         // [1 + HIGH, batch * heads, np, D]
-        kh: *mut f16,         // [batch * kv_heads, mp, D]
-        vh: *mut f16,         // [batch * kv_heads, mp, D]
-        unit: *mut f32,       // [2, batch * kv_heads]
-        row: *mut f32,        // [8, batch * heads, np], by lla_weights and lla_solve
-        out: *mut E,          // out [batch, heads, n, dv], strided
+    pub unsafe fn lla_output<
+        E: ElementType,
+        const BM: i32,
+        const BN: i32,
+        const D: i32,
+        const HIGH: i32,
+        const BIAS: i32,
+        const ALIGNED: i32,
+    >(
+        qh: *mut f16,   // [batch * heads, np, D]
+        xh: *mut f16,   // [1 + HIGH, batch * heads, np, D]
+        kh: *mut f16,   // [batch * kv_heads, mp, D]
+        vh: *mut f16,   // [batch * kv_heads, mp, D]
+        unit: *mut f32, // [2, batch * kv_heads]
+        row: *mut f32,  // [8, batch * heads, np], by lla_weights and lla_solve
+        out: *mut E,    // out [batch, heads, n, dv], strided
         options: i32,
         heads: i32,
         kv_heads: i32,
         n: i32,
-        np: i32,              // n rounded up to 128
+        np: i32, // n rounded up to 128
         m: i32,
-        mp: i32,              // m rounded up to 128
+        mp: i32, // m rounded up to 128
         offset: i32,
         window: i32,
-        lo: *mut i32,         // [batch, n]: first visible key; option 4 only
-        hi: *mut i32,         // [batch, n]: one past the last
+        lo: *mut i32, // [batch, n]: first visible key; option 4 only
+        hi: *mut i32, // [batch, n]: one past the last
         range_batch: i32,
-        bounds: *mut i32,     // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
+        bounds: *mut i32, // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
         bounds_batch: i32,
-        bias: *mut f32,       // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias: *mut f32, // [batch, heads, m], strided, unit last; BIAS = 1 only
         bias_batch: i32,
         bias_head: i32,
         dv: i32,
@@ -60,8 +68,10 @@ pub mod output {
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
         let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
-        let mut full0: i32 = ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let end: i32 =
+            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let mut full0: i32 =
+            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
         let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
         if (full1 <= full0) || ((options & 8i32) != 0i32) {
             full0 = begin;
@@ -96,9 +106,12 @@ pub mod output {
         let vp: Partition<f16, { [BN, D] }> = vt0.partition(const_shape![BN, D]);
         let base: i64 = all_rows + all_rows + all_rows + at_row;
         let xt: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, base), 1i32, BM);
-        let xk: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, base + all_rows), 1i32, BM);
-        let sh: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows), 1i32, BM);
-        let undo: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows + all_rows), 1i32, BM);
+        let xk: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(row, base + all_rows), 1i32, BM);
+        let sh: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows), 1i32, BM);
+        let undo: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows + all_rows), 1i32, BM);
         let xk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xk);
         let xt_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xt);
         let mut o: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
@@ -114,11 +127,13 @@ pub mod output {
                 s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
             }
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
-            let wb: Tile<f16, { [BM, BN] }> = convert_tile(p * fma(t, xt_b, xk_b, rounding::NearestEven, ftz::Enabled));
+            let wb: Tile<f16, { [BM, BN] }> =
+                convert_tile(p * fma(t, xt_b, xk_b, rounding::NearestEven, ftz::Enabled));
             o = mma(wb, vt, o);
         }
         let vu: f32 = load_scalar(slice::<f32>(unit, wide(kvs + kv)));
-        let ob: Tile<E, { [BM, D] }> = convert_tile(o * across::<BM, D>(undo * broadcast_scalar(vu, const_shape![BM, 1])));
+        let ob: Tile<E, { [BM, D] }> =
+            convert_tile(o * across::<BM, D>(undo * broadcast_scalar(vu, const_shape![BM, 1])));
         let out_at: i64 = wide(batch) * out_batch + wide(head) * out_head + wide(first) * wide(out_row);
         if ALIGNED == 1i32 {
             store_rows_aligned::<E, BM, D>(slice_aligned::<E>(out, out_at), out_row, rows, dv, ob);

@@ -14,33 +14,33 @@ pub mod solve {
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
     pub unsafe fn lla_solve<const BM: i32, const BN: i32, const D: i32, const HIGH: i32, const BIAS: i32>(
-        qh: *mut f16,         // [batch * heads, np, D], by lla_weights
-        kh: *mut f16,         // [batch * kv_heads, mp, D]
-        unit: *mut f32,       // [2, batch * kv_heads]
-        key_mean: *mut f32,   // [batch * heads, np, D], by lla_weights
-        row: *mut f32,        // [8, batch * heads, np]: rows 0..2 by lla_weights; out: 3 -(unit of xh * unit of keys), 4 1 + x.kbar,
-                              // 5 -lse + log2 of the output boost, 6 1 / that boost
-        xh: *mut f16,         // out [1 + HIGH, batch * heads, np, D]: x / row unit, and what that rounding left
-        x_out: *mut f32,      // out [batch * heads, np, D] if save_probe; in if option 16
-        rhs: *mut f32,        // [batch * heads, np, D]: right-hand side instead of kbar - q, option 64 only
-        ridge: *mut f32,      // [batch, heads, n], strided
+        qh: *mut f16,       // [batch * heads, np, D], by lla_weights
+        kh: *mut f16,       // [batch * kv_heads, mp, D]
+        unit: *mut f32,     // [2, batch * kv_heads]
+        key_mean: *mut f32, // [batch * heads, np, D], by lla_weights
+        row: *mut f32, // [8, batch * heads, np]: rows 0..2 by lla_weights; out: 3 -(unit of xh * unit of keys), 4 1 + x.kbar,
+        // 5 -lse + log2 of the output boost, 6 1 / that boost
+        xh: *mut f16, // out [1 + HIGH, batch * heads, np, D]: x / row unit, and what that rounding left
+        x_out: *mut f32, // out [batch * heads, np, D] if save_probe; in if option 16
+        rhs: *mut f32, // [batch * heads, np, D]: right-hand side instead of kbar - q, option 64 only
+        ridge: *mut f32, // [batch, heads, n], strided
         iterations: *mut i32, // out [batch * heads, n] if diagnostics
-        residual: *mut f32,   // out [batch * heads, n] if diagnostics
+        residual: *mut f32, // out [batch * heads, n] if diagnostics
         options: i32,
         heads: i32,
         kv_heads: i32,
         n: i32,
-        np: i32,              // n rounded up to 128
+        np: i32, // n rounded up to 128
         m: i32,
-        mp: i32,              // m rounded up to 128
+        mp: i32, // m rounded up to 128
         offset: i32,
         window: i32,
-        lo: *mut i32,         // [batch, n]: first visible key; option 4 only
-        hi: *mut i32,         // [batch, n]: one past the last
+        lo: *mut i32, // [batch, n]: first visible key; option 4 only
+        hi: *mut i32, // [batch, n]: one past the last
         range_batch: i32,
-        bounds: *mut i32,     // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
+        bounds: *mut i32, // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
         bounds_batch: i32,
-        bias: *mut f32,       // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias: *mut f32, // [batch, heads, m], strided, unit last; BIAS = 1 only
         bias_batch: i32,
         bias_head: i32,
         ridge_batch: i32,
@@ -73,8 +73,10 @@ pub mod solve {
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
         let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
-        let mut full0: i32 = ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let end: i32 =
+            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let mut full0: i32 =
+            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
         let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
         if (full1 <= full0) || ((options & 8i32) != 0i32) {
             full0 = begin;
@@ -98,14 +100,24 @@ pub mod solve {
         if BIAS == 1i32 {
             sc = one;
         }
-        let shift: Tile<f32, { [BM, 1] }> = load_rowwise_product::<BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
-        let qu: Tile<f32, { [BM, 1] }> = load_rowwise_product::<BM>(slice::<f32>(row, all_rows + all_rows + at_row), 1i32, BM);
+        let shift: Tile<f32, { [BM, 1] }> =
+            load_rowwise_product::<BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
+        let qu: Tile<f32, { [BM, 1] }> =
+            load_rowwise_product::<BM>(slice::<f32>(row, all_rows + all_rows + at_row), 1i32, BM);
         let mt0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(key_mean, grid.0 * np);
         let mp0: Partition<f32, { [BM, D] }> = mt0.partition(const_shape![BM, D]);
         let kbar: Tile<f32, { [BM, D] }> = as_product::<BM, D>(mp0.load([tile, 0i32]));
         let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
         let lam: Tile<f32, { [BM, 1] }> = load_rowwise_product::<BM>(
-            slice::<f32>(ridge, wide(batch) * wide(ridge_batch) + wide(head) * wide(ridge_head) + wide(first) * wide(ridge_row)), ridge_row, rows);
+            slice::<f32>(
+                ridge,
+                wide(batch) * wide(ridge_batch)
+                    + wide(head) * wide(ridge_head)
+                    + wide(first) * wide(ridge_row),
+            ),
+            ridge_row,
+            rows,
+        );
         let zero_i: Tile<i32, { [BM, 1] }> = constant(0i32, const_shape![BM, 1]);
         let one_i: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
         let inv_ku: Tile<f32, { [BM, 1] }> = one / kun;
@@ -154,7 +166,8 @@ pub mod solve {
                     boost = constant(6.0f32, const_shape![BM, 1]);
                     undo = constant(0.015625f32, const_shape![BM, 1]);
                 }
-                let ds: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(sqrt(dd, rounding::NearestEven, ftz::Disabled)) * head_room;
+                let ds: Tile<f32, { [BM, 1] }> =
+                    pow2_floor::<{ [BM, 1] }>(sqrt(dd, rounding::NearestEven, ftz::Disabled)) * head_room;
                 let ids: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(one, ds);
                 let ds_d: Tile<f32, { [BM, D] }> = dir * across::<BM, D>(ids);
                 let d_hi: Tile<f16, { [BM, D] }> = convert_tile(ds_d);
@@ -217,7 +230,8 @@ pub mod solve {
         let room: Tile<f32, { [BM, 1] }> = constant(32768.0f32, const_shape![BM, 1]);
         let top: Tile<f32, { [BM, 1] }> = constant(1024.0f32, const_shape![BM, 1]);
         let boost: Tile<f32, { [BM, 1] }> = min_tile(pow2_floor::<{ [BM, 1] }>(room / (one + reach)), top);
-        let mut xs: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(sqrt(row_dot::<BM, D>(x, x), rounding::NearestEven, ftz::Disabled));
+        let mut xs: Tile<f32, { [BM, 1] }> =
+            pow2_floor::<{ [BM, 1] }>(sqrt(row_dot::<BM, D>(x, x), rounding::NearestEven, ftz::Disabled));
         if HIGH == 1i32 {
             let sixteenth: Tile<f32, { [BM, 1] }> = constant(0.0625f32, const_shape![BM, 1]);
             xs = xs * sixteenth;
@@ -231,9 +245,21 @@ pub mod solve {
         }
         let base: i64 = all_rows + all_rows + all_rows + at_row;
         store_column::<f32, BM>(slice::<f32>(row, base), BM, (zero - xs * kun).reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(row, base + all_rows), BM, (one + row_dot::<BM, D>(x, kbar)).reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows), BM, (shift + log2(boost)).reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(row, base + all_rows + all_rows + all_rows), BM, (one / boost).reshape(const_shape![BM]));
+        store_column::<f32, BM>(
+            slice::<f32>(row, base + all_rows),
+            BM,
+            (one + row_dot::<BM, D>(x, kbar)).reshape(const_shape![BM]),
+        );
+        store_column::<f32, BM>(
+            slice::<f32>(row, base + all_rows + all_rows),
+            BM,
+            (shift + log2(boost)).reshape(const_shape![BM]),
+        );
+        store_column::<f32, BM>(
+            slice::<f32>(row, base + all_rows + all_rows + all_rows),
+            BM,
+            (one / boost).reshape(const_shape![BM]),
+        );
         if save_probe != 0i32 {
             store_packed::<f32, BM, D>(x_out, grid.0 * np, tile, x);
         }

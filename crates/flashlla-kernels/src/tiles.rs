@@ -105,12 +105,18 @@ pub mod tiles {
         let base: *mut E = assume_div_by::<_, 16>(ptr);
         let shape: Shape<{ [-1, D] }> = Shape::<{ [-1, D] }> { dims: &[rows] };
         let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
-        let view: Tensor<E, { [-1, D] }> = make_tensor_view(pointer_to_tile(base), shape, strides, new_token_unordered());
+        let view: Tensor<E, { [-1, D] }> =
+            make_tensor_view(pointer_to_tile(base), shape, strides, new_token_unordered());
         view
     }
 
     /// Writes tile `index` of such an array.
-    pub unsafe fn store_packed<E: ElementType, const R: i32, const D: i32>(ptr: *mut E, rows: i32, index: i32, value: Tile<E, { [R, D] }>) {
+    pub unsafe fn store_packed<E: ElementType, const R: i32, const D: i32>(
+        ptr: *mut E,
+        rows: i32,
+        index: i32,
+        value: Tile<E, { [R, D] }>,
+    ) {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
         let mut part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
         part.store_unchecked(value, [index, 0i32]);
@@ -130,7 +136,13 @@ pub mod tiles {
         let ptrs: PointerTile<*mut E, { [R] }> = all.offset_tile(off);
         let zero: Tile<E, { [R] }> = constant(E::ZERO, const_shape![R]);
         let (t, _tok): (Tile<E, { [R] }>, Token) = load_ptr_tko(
-            ptrs, ordering::Weak, None::<scope::TileBlock>, Some(mask), None, None, Latency::<0>,
+            ptrs,
+            ordering::Weak,
+            None::<scope::TileBlock>,
+            Some(mask),
+            None,
+            None,
+            Latency::<0>,
         );
         select(mask, t, zero)
     }
@@ -146,7 +158,11 @@ pub mod tiles {
     }
 
     /// The same as a column, in the layout that row sums of products have.
-    pub unsafe fn load_rowwise_product<const R: i32>(base: PointerTile<*mut f32, { [] }>, stride: i32, rows: i32) -> Tile<f32, { [R, 1] }> {
+    pub unsafe fn load_rowwise_product<const R: i32>(
+        base: PointerTile<*mut f32, { [] }>,
+        stride: i32,
+        rows: i32,
+    ) -> Tile<f32, { [R, 1] }> {
         let t: Tile<f32, { [R, 1] }> = load_rowwise::<f32, R>(base, stride, rows);
         let t: Tile<f32, { [R, 16] }> = as_product::<R, 16>(t.broadcast(const_shape![R, 16]));
         let t: Tile<f32, { [R] }> = reduce_max(t, 1i32);
@@ -169,18 +185,16 @@ pub mod tiles {
 
     /// One scalar of a device array.
     pub unsafe fn load_scalar(base: PointerTile<*mut f32, { [] }>) -> f32 {
-        let (t, _tok): (Tile<f32, { [] }>, Token) = load_ptr_tko(
-            base, ordering::Weak, None::<scope::TileBlock>, None, None, None, Latency::<0>,
-        );
+        let (t, _tok): (Tile<f32, { [] }>, Token) =
+            load_ptr_tko(base, ordering::Weak, None::<scope::TileBlock>, None, None, None, Latency::<0>);
         let x: f32 = tile_to_scalar(t);
         x
     }
 
     /// One integer of a device array.
     pub unsafe fn load_integer(base: PointerTile<*mut i32, { [] }>) -> i32 {
-        let (t, _tok): (Tile<i32, { [] }>, Token) = load_ptr_tko(
-            base, ordering::Weak, None::<scope::TileBlock>, None, None, None, Latency::<0>,
-        );
+        let (t, _tok): (Tile<i32, { [] }>, Token) =
+            load_ptr_tko(base, ordering::Weak, None::<scope::TileBlock>, None, None, None, Latency::<0>);
         let x: i32 = tile_to_scalar(t);
         x
     }
@@ -209,12 +223,19 @@ pub mod tiles {
     }
 
     /// `a + f b`, one factor per row.
-    pub fn add_scaled<const R: i32, const C: i32>(a: Tile<f32, { [R, C] }>, f: Tile<f32, { [R, 1] }>, b: Tile<f32, { [R, C] }>) -> Tile<f32, { [R, C] }> {
+    pub fn add_scaled<const R: i32, const C: i32>(
+        a: Tile<f32, { [R, C] }>,
+        f: Tile<f32, { [R, 1] }>,
+        b: Tile<f32, { [R, C] }>,
+    ) -> Tile<f32, { [R, C] }> {
         fma(across::<R, C>(f), b, a, rounding::NearestEven, ftz::Disabled)
     }
 
     /// Row-wise dot product.
-    pub fn row_dot<const R: i32, const C: i32>(a: Tile<f32, { [R, C] }>, b: Tile<f32, { [R, C] }>) -> Tile<f32, { [R, 1] }> {
+    pub fn row_dot<const R: i32, const C: i32>(
+        a: Tile<f32, { [R, C] }>,
+        b: Tile<f32, { [R, C] }>,
+    ) -> Tile<f32, { [R, 1] }> {
         let sum: Tile<f32, { [R] }> = reduce_sum(a * b, 1i32);
         sum.reshape(const_shape![R, 1])
     }
@@ -227,7 +248,9 @@ pub mod tiles {
         first: i32,
     ) -> Tile<bool, { [BM, BN] }> {
         let key: Tile<i32, { [BN] }> = iota(const_shape![BN]);
-        let key: Tile<i32, { [BM, BN] }> = (key + broadcast_scalar(first, const_shape![BN])).reshape(const_shape![1, BN]).broadcast(const_shape![BM, BN]);
+        let key: Tile<i32, { [BM, BN] }> = (key + broadcast_scalar(first, const_shape![BN]))
+            .reshape(const_shape![1, BN])
+            .broadcast(const_shape![BM, BN]);
         let lo: Tile<i32, { [BM, BN] }> = lo.broadcast(const_shape![BM, BN]);
         let hi: Tile<i32, { [BM, BN] }> = hi.broadcast(const_shape![BM, BN]);
         let skip: Tile<i32, { [BM, BN] }> = skip.broadcast(const_shape![BM, BN]);
@@ -285,7 +308,10 @@ pub mod tiles {
     }
 
     /// What fp16 leaves of `x`.
-    pub fn low_part<const R: i32, const D: i32>(x: Tile<f32, { [R, D] }>, hi: Tile<f16, { [R, D] }>) -> Tile<f16, { [R, D] }> {
+    pub fn low_part<const R: i32, const D: i32>(
+        x: Tile<f32, { [R, D] }>,
+        hi: Tile<f16, { [R, D] }>,
+    ) -> Tile<f16, { [R, D] }> {
         let h: Tile<f32, { [R, D] }> = convert_tile(hi);
         let y: Tile<f16, { [R, D] }> = convert_tile(x - h);
         y
@@ -300,7 +326,8 @@ pub mod tiles {
         first: i32,
         keys: i32,
     ) -> Tile<f32, { [BM, BN] }> {
-        let b: Tile<f32, { [BN] }> = load_column::<f32, BN>(slice::<f32>(bias, at + wide(first)), 1i32, keys - first);
+        let b: Tile<f32, { [BN] }> =
+            load_column::<f32, BN>(slice::<f32>(bias, at + wide(first)), 1i32, keys - first);
         let log2e: Tile<f32, { [BN] }> = constant(1.4426950408889634f32, const_shape![BN]);
         let b: Tile<f32, { [BN] }> = b * log2e;
         let b: Tile<f32, { [BM, BN] }> = b.reshape(const_shape![1, BN]).broadcast(const_shape![BM, BN]);
@@ -333,7 +360,13 @@ pub mod tiles {
 
     /// First key that each query sees.
     pub unsafe fn first_keys<const BM: i32>(
-        options: i32, pos: Tile<i32, { [BM, 1] }>, m: i32, window: i32, lo: *mut i32, at: i64, rows: i32,
+        options: i32,
+        pos: Tile<i32, { [BM, 1] }>,
+        m: i32,
+        window: i32,
+        lo: *mut i32,
+        at: i64,
+        rows: i32,
     ) -> Tile<i32, { [BM, 1] }> {
         let zero: Tile<i32, { [BM, 1] }> = constant(0i32, const_shape![BM, 1]);
         let one: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
@@ -351,7 +384,12 @@ pub mod tiles {
 
     /// One past the last key that each query sees.
     pub unsafe fn end_keys<const BM: i32>(
-        options: i32, pos: Tile<i32, { [BM, 1] }>, m: i32, hi: *mut i32, at: i64, rows: i32,
+        options: i32,
+        pos: Tile<i32, { [BM, 1] }>,
+        m: i32,
+        hi: *mut i32,
+        at: i64,
+        rows: i32,
     ) -> Tile<i32, { [BM, 1] }> {
         let zero: Tile<i32, { [BM, 1] }> = constant(0i32, const_shape![BM, 1]);
         let one: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
@@ -378,7 +416,15 @@ pub mod tiles {
     /// Bounds of a block's visible keys, as scalars: 0 least first key, 1 greatest first key, 2 least end, 3 greatest end.
     /// The engine gives them for ranges; otherwise the first and last query have them.
     pub unsafe fn bound(
-        which: i32, options: i32, bounds: *mut i32, at: i64, first: i32, last: i32, offset: i32, m: i32, window: i32,
+        which: i32,
+        options: i32,
+        bounds: *mut i32,
+        at: i64,
+        first: i32,
+        last: i32,
+        offset: i32,
+        m: i32,
+        window: i32,
     ) -> i32 {
         let mut x: i32 = 0i32;
         if which >= 2i32 {
@@ -409,7 +455,9 @@ pub mod tiles {
     }
 
     /// One value per query as a row, for tiles with keys along the rows.
-    pub unsafe fn load_across<const BM: i32, const BN: i32>(base: PointerTile<*mut f32, { [] }>) -> Tile<f32, { [BN, BM] }> {
+    pub unsafe fn load_across<const BM: i32, const BN: i32>(
+        base: PointerTile<*mut f32, { [] }>,
+    ) -> Tile<f32, { [BN, BM] }> {
         let t: Tile<f32, { [BM] }> = load_column::<f32, BM>(base, 1i32, BM);
         t.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM])
     }
@@ -442,9 +490,12 @@ pub mod tiles {
         rows: i32,
     ) -> Tile<bool, { [BN, BM] }> {
         let key: Tile<i32, { [BN] }> = iota(const_shape![BN]);
-        let key: Tile<i32, { [BN, BM] }> = (key + broadcast_scalar(first, const_shape![BN])).reshape(const_shape![BN, 1]).broadcast(const_shape![BN, BM]);
+        let key: Tile<i32, { [BN, BM] }> = (key + broadcast_scalar(first, const_shape![BN]))
+            .reshape(const_shape![BN, 1])
+            .broadcast(const_shape![BN, BM]);
         let query: Tile<i32, { [BM] }> = iota(const_shape![BM]);
-        let query: Tile<i32, { [BN, BM] }> = query.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
+        let query: Tile<i32, { [BN, BM] }> =
+            query.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
         let lo: Tile<i32, { [BN, BM] }> = lo.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
         let hi: Tile<i32, { [BN, BM] }> = hi.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
         let skip: Tile<i32, { [BN, BM] }> = skip.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);

@@ -65,7 +65,16 @@ pub fn all() -> Vec<Variant> {
                 module: "poison",
                 ast: crate::poison::poison::__module_ast_self,
                 generics: vec![dtype.into(), d.to_string()],
-                dtype, bm: 64, bn: 0, d, high: false, bias: false, aligned: false, warps: 4, occupancy: 1, tensor: false,
+                dtype,
+                bm: 64,
+                bn: 0,
+                d,
+                high: false,
+                bias: false,
+                aligned: false,
+                warps: 4,
+                occupancy: 1,
+                tensor: false,
             });
             for entry in ["lla_range", "lla_convert"] {
                 for aligned in [true, false] {
@@ -74,8 +83,22 @@ pub fn all() -> Vec<Variant> {
                         entry,
                         module: "prepare",
                         ast: crate::prepare::prepare::__module_ast_self,
-                        generics: vec![dtype.into(), "64".into(), d.to_string(), u8::from(aligned).to_string()],
-                        dtype, bm: 64, bn: 0, d, high: false, bias: false, aligned, warps: 4, occupancy: if d == 64 { 6 } else { 3 }, tensor: false,
+                        generics: vec![
+                            dtype.into(),
+                            "64".into(),
+                            d.to_string(),
+                            u8::from(aligned).to_string(),
+                        ],
+                        dtype,
+                        bm: 64,
+                        bn: 0,
+                        d,
+                        high: false,
+                        bias: false,
+                        aligned,
+                        warps: 4,
+                        occupancy: if d == 64 { 6 } else { 3 },
+                        tensor: false,
                     });
                 }
             }
@@ -100,7 +123,14 @@ pub fn all() -> Vec<Variant> {
     list
 }
 
-fn product(entry: &'static str, dtype: &'static str, d: i32, high: bool, bias: bool, aligned: bool) -> Variant {
+fn product(
+    entry: &'static str,
+    dtype: &'static str,
+    d: i32,
+    high: bool,
+    bias: bool,
+    aligned: bool,
+) -> Variant {
     let (bm, bn, warps, occupancy) = tiles(entry, d);
     let (module, ast): (_, fn() -> _) = match entry {
         "lla_weights" => ("weights", crate::weights::weights::__module_ast_self),
@@ -123,6 +153,19 @@ fn product(entry: &'static str, dtype: &'static str, d: i32, high: bool, bias: b
     let kind = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
     Variant {
         name: format!("{entry}{kind}_m{bm}_n{bn}_d{d}_h{}_b{}_a{}", flag(high), flag(bias), flag(aligned)),
-        entry, module, ast, generics, dtype, bm, bn, d, high, bias, aligned, warps, occupancy, tensor: true,
+        entry,
+        module,
+        ast,
+        generics,
+        dtype,
+        bm,
+        bn,
+        d,
+        high,
+        bias,
+        aligned,
+        warps,
+        occupancy,
+        tensor: true,
     }
 }

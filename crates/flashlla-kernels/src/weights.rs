@@ -10,29 +10,36 @@ pub mod weights {
     /// `ALIGNED` = 1: q's base, strides and columns are multiples of 16 bytes.
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_weights<E: ElementType, const BM: i32, const BN: i32, const D: i32, const BIAS: i32, const ALIGNED: i32>(
-        q: *mut E,            // [batch, heads, n, d], strided
-        kh: *mut f16,         // [batch * kv_heads, mp, D]
-        unit: *mut f32,       // [2, batch * kv_heads]: units of keys and values
-        qh: *mut f16,         // out [batch * heads, np, D]: q * sign(scale) / row unit
-        key_mean: *mut f32,   // out [batch * heads, np, D]
-        row: *mut f32,        // out [8, batch * heads, np]: 0 logit scale (base 2), 1 -lse (base 2; 0 if no key is seen), 2 row unit of q
-        lse: *mut f32,        // out [batch * heads, n], natural; any pointer if save_lse = 0
+    pub unsafe fn lla_weights<
+        E: ElementType,
+        const BM: i32,
+        const BN: i32,
+        const D: i32,
+        const BIAS: i32,
+        const ALIGNED: i32,
+    >(
+        q: *mut E,          // [batch, heads, n, d], strided
+        kh: *mut f16,       // [batch * kv_heads, mp, D]
+        unit: *mut f32,     // [2, batch * kv_heads]: units of keys and values
+        qh: *mut f16,       // out [batch * heads, np, D]: q * sign(scale) / row unit
+        key_mean: *mut f32, // out [batch * heads, np, D]
+        row: *mut f32, // out [8, batch * heads, np]: 0 logit scale (base 2), 1 -lse (base 2; 0 if no key is seen), 2 row unit of q
+        lse: *mut f32, // out [batch * heads, n], natural; any pointer if save_lse = 0
         options: i32,
         heads: i32,
         kv_heads: i32,
         n: i32,
-        np: i32,              // n rounded up to 128
+        np: i32, // n rounded up to 128
         m: i32,
-        mp: i32,              // m rounded up to 128
+        mp: i32, // m rounded up to 128
         offset: i32,
         window: i32,
-        lo: *mut i32,         // [batch, n]: first visible key; option 4 only
-        hi: *mut i32,         // [batch, n]: one past the last
+        lo: *mut i32, // [batch, n]: first visible key; option 4 only
+        hi: *mut i32, // [batch, n]: one past the last
         range_batch: i32,
-        bounds: *mut i32,     // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
+        bounds: *mut i32, // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
         bounds_batch: i32,
-        bias: *mut f32,       // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias: *mut f32, // [batch, heads, m], strided, unit last; BIAS = 1 only
         bias_batch: i32,
         bias_head: i32,
         d: i32,
@@ -64,8 +71,10 @@ pub mod weights {
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
         let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
-        let mut full0: i32 = ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let end: i32 =
+            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let mut full0: i32 =
+            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
         let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
         if (full1 <= full0) || ((options & 8i32) != 0i32) {
             full0 = begin;
@@ -89,7 +98,8 @@ pub mod weights {
             load_rows::<E, BM, D>(slice::<E>(q, q_at), q_row, rows, d)
         };
         let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
-        let qn: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(sqrt(row_dot::<BM, D>(qf, qf), rounding::NearestEven, ftz::Disabled));
+        let qn: Tile<f32, { [BM, 1] }> =
+            pow2_floor::<{ [BM, 1] }>(sqrt(row_dot::<BM, D>(qf, qf), rounding::NearestEven, ftz::Disabled));
         let mut sign: f32 = 1.0f32;
         let mut magnitude: f32 = scale;
         if scale < 0.0f32 {
@@ -100,7 +110,10 @@ pub mod weights {
         let tq: Tile<f16, { [BM, D] }> = convert_tile(qf * across::<BM, D>(one / qu));
         // exp's base is 2 inside. The floor keeps a scale of 0 from meeting a masked logit of -inf.
         let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
-        let sc_true: Tile<f32, { [BM, 1] }> = max_tile(qn * broadcast_scalar(magnitude * ku * 1.4426950408889634f32, const_shape![BM, 1]), least);
+        let sc_true: Tile<f32, { [BM, 1] }> = max_tile(
+            qn * broadcast_scalar(magnitude * ku * 1.4426950408889634f32, const_shape![BM, 1]),
+            least,
+        );
         let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
         if BIAS == 1i32 {
             sc = one;
@@ -135,11 +148,23 @@ pub mod weights {
         kbar = kbar * across::<BM, D>(inv_l);
         store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
         store_column::<f32, BM>(slice::<f32>(row, at_row), BM, sc_true.reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(row, all_rows + at_row), BM, select(none, zero, zero - lse2).reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(row, all_rows + all_rows + at_row), BM, qu.reshape(const_shape![BM]));
+        store_column::<f32, BM>(
+            slice::<f32>(row, all_rows + at_row),
+            BM,
+            select(none, zero, zero - lse2).reshape(const_shape![BM]),
+        );
+        store_column::<f32, BM>(
+            slice::<f32>(row, all_rows + all_rows + at_row),
+            BM,
+            qu.reshape(const_shape![BM]),
+        );
         if save_lse != 0i32 {
             let ln2: Tile<f32, { [BM, 1] }> = constant(0.6931471805599453f32, const_shape![BM, 1]);
-            store_column::<f32, BM>(slice::<f32>(lse, wide(bh) * wide(n) + wide(first)), rows, (lse2 * ln2).reshape(const_shape![BM]));
+            store_column::<f32, BM>(
+                slice::<f32>(lse, wide(bh) * wide(n) + wide(first)),
+                rows,
+                (lse2 * ln2).reshape(const_shape![BM]),
+            );
         }
     }
 }
