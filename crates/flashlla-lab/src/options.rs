@@ -15,9 +15,9 @@ pub enum Dtype {
     F64,
     /// 32 bits
     F32,
-    /// 16 bits with float32's range; computed in 32 bits
+    /// 16 bits with float32's range; computed in 32 bits where they suffice
     Bf16,
-    /// 16 bits (IEEE half precision); computed in 32 bits
+    /// 16 bits (IEEE half precision); computed in 32 bits where they suffice
     F16,
 }
 

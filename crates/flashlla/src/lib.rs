@@ -55,7 +55,8 @@
 //! # What holds everywhere
 //!
 //! - Tensors have the axes `[batch, head, token, dim]` and any strides ([`View`]); storage is `f64`, `f32`, [`bf16`] or
-//!   [`struct@f16`], sums are kept in `f64` for `f64` and in `f32` for the others.
+//!   [`struct@f16`], sums are kept in `f64` for `f64` and in `f32` for the others (see [`Precision`] for
+//!   where the CPU engine takes `f64`).
 //! - Everything wrong with a call is an [`Error`] before any output is touched.
 //! - A query that sees no key gives zeros, `lse = −∞` and zero gradients.
 //! - A query, key or value that is not finite makes the outputs of the queries that see it NaN, and no others, in bounded

@@ -61,7 +61,8 @@ impl Solver {
 /// In which arithmetic an engine works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
-    /// The accumulation type of the inputs: `f32` for `f32`, `bf16` and `f16`, `f64` for `f64`.
+    /// The accumulation type of the inputs: `f32` for `f32`, `bf16` and `f16`, `f64` for `f64`. The CPU engine computes in
+    /// `f64` what `f32` would not resolve: blocks with very large probes (few keys and a small λ), and very large logits.
     #[default]
     Standard,
     /// More than that where the engine can: `f64` on the CPU whatever the inputs (outputs are still rounded to `f32` for

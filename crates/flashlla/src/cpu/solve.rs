@@ -320,7 +320,7 @@ impl<C: Real> Cg<'_, C> {
             let missing = done.as_f64().ln() - (norm / self.norms[row]).as_f64().ln();
             if fallen < -1e-3 { missing / fallen } else { f64::INFINITY }
         });
-        // The slower half of the rows decides nothing alone: compare what all of them need together.
+        // One slow row decides nothing alone: compare what all of them need together.
         let (mut cg, mut n) = (0.0, 0.0);
         for steps in worst {
             cg += steps.min(1e6) * per_step;
