@@ -30,7 +30,7 @@ class Kernels:
     """Cubins of one folder, loaded when first used."""
 
     def __init__(self, folder):
-        self.folder, self.loaded = folder, {}
+        self.folder, self.loaded, self.trace = folder, {}, None
         self.names = [f[:-6] for f in sorted(os.listdir(folder)) if f.endswith(".cubin")]
 
     def find(self, entry, dtype, d, high=False, bias=False, is_aligned=False):
@@ -47,7 +47,27 @@ class Kernels:
         if name not in self.loaded:
             module = cupy.RawModule(path=os.path.join(self.folder, name + ".cubin"))
             self.loaded[name] = module.get_function(entry + "_entry")
+        if self.trace is None:
+            self.loaded[name](grid, (1, 1, 1), args)
+            return
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
         self.loaded[name](grid, (1, 1, 1), args)
+        b.record()
+        self.trace.append((entry, a, b))
+
+    def times(self, f, repeats=7):
+        """Median milliseconds of every launch in `f`, in order. The queue is kept full, so that no host time is measured."""
+        f()
+        runs = []
+        for _ in range(repeats):
+            self.trace = []
+            torch.cuda._sleep(10_000_000)
+            f()
+            torch.cuda.synchronize()
+            runs.append(self.trace)
+            self.trace = None
+        return [(run[0][0], float(np.median([a.elapsed_time(b) for _, a, b in run]))) for run in zip(*runs)]
 
     def convert(self, a, b, pad):
         """[B, H, n, d] tensors (b may be None) to padded fp16 rows and their units."""
@@ -69,7 +89,7 @@ class Kernels:
         return out, unit, bad, bad_row
 
     def forward(self, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
-                scale=None, tol=4e-3, cap=64, save=False, diagnostics=False, out=None, high=False, rhs=None):
+                scale=None, tol=2e-3, cap=64, save=False, diagnostics=False, out=None, high=False):
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
@@ -80,42 +100,39 @@ class Kernels:
                    | GIVEN * (given is not None) | HEAVY_FIRST * causal)
         lse = torch.empty(rows, n, device=dev) if save else None
         key_mean = torch.empty(rows, np_, pad, device=dev)
-        probe = given if given is not None else torch.empty(rows, np_, pad, device=dev) if save else None
-        qh = torch.empty(rows, np_, pad, device=dev, dtype=torch.float16)
-        xh = torch.empty(1 + high, rows, np_, pad, device=dev, dtype=torch.float16)
-        row = torch.empty(8, rows, np_, device=dev)
+        probe = given if given is not None else torch.empty(rows, np_, pad, device=dev)
+        residual = torch.empty_like(key_mean)
+        kept = []
         its = torch.empty(rows, n, device=dev, dtype=torch.int32) if diagnostics else None
         res = torch.empty(rows, n, device=dev) if diagnostics else None
         lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
         lam = lam.expand(batch, heads, n) if lam.dim() == 0 else lam
-        lo, hi, bounds = block_ranges(ranges, n, 64)
-        scale = d ** -0.5 if scale is None else scale
-        common = [i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
-                  i32(0), ptr(bounds), i32(0),
-                  ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
+        lo, hi, scale = *(ranges or (None, None)), d ** -0.5 if scale is None else scale
+
+        def common(block):
+            bounds = block_ranges(ranges, n, block)
+            kept.append(bounds)
+            return [i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0),
+                    ptr(lo), ptr(hi), i32(0), ptr(bounds), i32(0),
+                    ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
         kind, has = NAMES[q.dtype], bias is not None
-        weights, wm, _ = self.find("lla_weights", kind, pad, False, has, aligned(q))
-        solve, sm, _ = self.find("lla_solve", "", pad, high, has)
-        output, om, _ = self.find("lla_output", kind, pad, high, has, aligned(out))
-        assert wm == sm == om == 64
-        grid = (rows, -(-n // 64))
-        self(weights, "lla_weights", grid,
-             [ptr(q), ptr(kvh[0]), ptr(unit), ptr(qh), ptr(key_mean), ptr(row), ptr(lse)] + common
-             + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(save)])
-        self(solve, "lla_solve", grid,
-             [ptr(qh), ptr(kvh[0]), ptr(unit), ptr(key_mean), ptr(row), ptr(xh), ptr(probe), ptr(rhs), ptr(lam), ptr(its), ptr(res)] + common
-             + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(save and given is None), i32(diagnostics)])
-        self(output, "lla_output", grid,
-             [ptr(qh), ptr(xh), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(row), ptr(out)] + common
-             + [i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2))])
-        self(f"lla_poison_{kind}_d{pad}", "lla_poison", grid,
+        name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out))
+        self(name, "lla_forward", (rows, -(-n // bm)),
+             [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(out), ptr(key_mean), ptr(residual), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
+             + common(bm)
+             + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(dv), i64(out.stride(0)), i64(out.stride(1)),
+                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), i32(cap), i32(save), i32(save), i32(diagnostics)])
+        self.poison(kind, pad, bad, bad_row, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
+        return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res)
+
+    def poison(self, kind, pad, bad, bad_row, out, lse, options, shape, lo, hi, dv, save):
+        rows, heads, kv_heads, n, m, mp, offset, window = shape
+        self(f"lla_poison_{kind}_d{pad}", "lla_poison", (rows, -(-n // 64)),
              [ptr(bad), ptr(bad_row), ptr(out), ptr(lse), i32(options), i32(heads), i32(kv_heads), i32(n), i32(m), i32(mp), i32(offset), i32(window or 0),
               ptr(lo), ptr(hi), i32(0), i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2)), i32(save)])
-        return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res, unit=unit, kvh=kvh, bad=bad, bad_row=bad_row,
-                    qh=qh, xh=xh, row=row)
 
     def backward(self, q, k, v, grad, saved, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, bias=None,
-                 scale=None, tol=4e-3, cap=64):
+                 scale=None, tol=2e-3, cap=64, high=False, diagnostics=False):
         """`saved` is what forward(save=True) gave."""
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
@@ -127,36 +144,38 @@ class Kernels:
         x = saved["probe"]
         xh, x_unit, _, _ = self.convert(x.view(batch, heads, np_, pad)[:, :, :n], None, pad)
         options = CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self | HEAVY_FIRST * causal
-        lo, hi, bounds = block_ranges(ranges, n, 64)
+        lo, hi = ranges or (None, None)
         lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
         lam = lam.expand(batch, heads, n) if lam.dim() == 0 else lam
+        kept = []
 
-        def common(extra=0):
-            return [i32(options | extra), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
+        def common(block):
+            bounds = block_ranges(ranges, n, block)
+            kept.append(bounds)
+            return [i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp), i32(offset), i32(window or 0), ptr(lo), ptr(hi),
                     i32(0), ptr(bounds), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
         kind, has = NAMES[q.dtype], bias is not None
         dq, dk, dvv = (torch.empty(t.shape, device=dev, dtype=t.dtype) for t in (q, k, v))
-        mix, _, _ = self.find("lla_mix", "", pad, False, has)
-        solve, _, _ = self.find("lla_solve", "", pad, False, has)
-        query, _, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq))
+        solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has)
+        query, qm, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq))
         key, _, bn = self.find("lla_backward_key", kind, pad, False, has, aligned(dk) and aligned(dvv))
-        grid = (rows, -(-n // 64))
-        row = torch.empty(8, rows, np_, device=dev)
         c, y = torch.empty(2, rows, np_, pad, device=dev)
-        scratch = torch.empty(rows, np_, pad, device=dev, dtype=torch.float16)
-        self(mix, "lla_mix", grid,
-             [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(saved["key_mean"]), ptr(c), ptr(row)]
-             + common() + [f32(scale)])
-        self(solve, "lla_solve", grid,
-             [ptr(qgh[0]), ptr(kvh[0]), ptr(unit), ptr(saved["key_mean"]), ptr(row), ptr(scratch), ptr(y), ptr(c), ptr(lam), ptr(None), ptr(None)]
-             + common(64) + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2)), f32(tol * tol), i32(cap), i32(1), i32(0)])
+        mean = torch.empty(rows, np_, device=dev)
+        numbers = torch.empty(rows, np_, 16, device=dev, dtype=torch.bfloat16)
+        its = torch.empty(rows, n, device=dev, dtype=torch.int32) if diagnostics else None
+        res = torch.empty(rows, n, device=dev) if diagnostics else None
+        key_mean = saved["key_mean"]
+        self(solve, "lla_backward_solve", (rows, -(-n // sm)),
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(key_mean), ptr(x), ptr(c), ptr(y),
+              ptr(mean), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
+             + [f32(tol * tol), i32(cap), i32(diagnostics)])
         yh, y_unit, _, _ = self.convert(y.view(batch, heads, np_, pad)[:, :, :n], None, pad)
         dridge, dscale = torch.empty(2, rows, n, device=dev)
         dbias = torch.empty(rows, m, device=dev) if has else None
-        self(query, "lla_backward_query", grid,
+        self(query, "lla_backward_query", (rows, -(-n // qm)),
              [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit),
-              ptr(saved["key_mean"]), ptr(x), ptr(y), ptr(row), ptr(dq), ptr(dridge), ptr(dscale)]
-             + common() + [i32(d), i64(dq.stride(0)), i64(dq.stride(1)), i32(dq.stride(2)), f32(scale)])
+              ptr(key_mean), ptr(y), ptr(saved["lse"]), ptr(mean), ptr(numbers), ptr(dq), ptr(dridge), ptr(dscale)]
+             + common(qm) + [i32(d), i64(dq.stride(0)), i64(dq.stride(1)), i32(dq.stride(2)), f32(scale)])
         first = end = None
         blocks = -(-m // bn)
         if ranges is not None:
@@ -166,21 +185,20 @@ class Kernels:
             first = torch.where(seen, index, n).amin(0).int().contiguous()
             end = torch.where(seen, index + 1, 0).amax(0).int().contiguous()
         self(key, "lla_backward_key", (batch * kv_heads, blocks),
-             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit), ptr(row),
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit), ptr(numbers),
               ptr(dk), ptr(dvv), ptr(dbias), ptr(first), ptr(end), i32(0), i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp),
               i32(offset), i32(window or 0), ptr(lo), ptr(hi), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)),
               i32(0 if bias is None else bias.stride(1)), i32(d), i32(dv), i64(dk.stride(0)), i64(dk.stride(1)), i32(dk.stride(2)),
               i64(dvv.stride(0)), i64(dvv.stride(1)), i32(dvv.stride(2)), f32(scale)])
-        return dict(dq=dq, dk=dk, dv=dvv, dridge=dridge.view(batch, heads, n), dscale=dscale.view(batch, heads, n), dbias=dbias)
+        return dict(dq=dq, dk=dk, dv=dvv, dridge=dridge.view(batch, heads, n), dscale=dscale.view(batch, heads, n), dbias=dbias, iterations=its, residual=res)
 
 
 def block_ranges(ranges, n, block):
-    """Per-query first and end keys, and their bounds per block of queries."""
+    """Bounds of the first and end keys of every block of queries."""
     if ranges is None:
-        return None, None, None
-    lo, hi = ranges
+        return None
     low, high = (torch.cat([t, t[-1:].expand(up(n, block) - n)]).view(-1, block) for t in ranges)
-    return lo, hi, torch.stack([low.amin(1), low.amax(1), high.amin(1), high.amax(1)], 1).int().contiguous()
+    return torch.stack([low.amin(1), low.amax(1), high.amin(1), high.amax(1)], 1).int().contiguous()
 
 
 def gradients(q, k, v, grad, ridge, mask, scale=None, bias=None):

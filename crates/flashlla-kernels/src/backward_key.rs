@@ -3,6 +3,7 @@
 
 #[cutile::module]
 pub mod backward_key {
+    use super::super::numbers::numbers::*;
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 
@@ -27,13 +28,13 @@ pub mod backward_key {
         x_unit: *mut f32,      // [batch * heads]: unit of xh
         y_unit: *mut f32,      // [batch * heads]: unit of yh
         unit: *mut f32,        // [2, batch * kv_heads]: units of kh and vh
-        row: *mut f32, // [8, batch * heads, np]: 1 -lse (base 2), 3 1 + x.kbar, 4 y.kbar - mean of g.v, 5 sum p e a
-        dk: *mut E,    // out [batch, kv_heads, m, d], strided
-        dv: *mut E,    // out [batch, kv_heads, m, dv], strided
-        dbias: *mut f32, // out [batch * heads, m]; BIAS = 1 only
+        numbers: *mut bf16, // [batch * heads, np, 16]: terms of -lse + 7 (base 2), 1 + x.kbar, (y.kbar - mean of g.v) / unit of e, sum p e a / unit of e
+        dk: *mut E,         // out [batch, kv_heads, m, d], strided
+        dv: *mut E,         // out [batch, kv_heads, m, dv], strided
+        dbias: *mut f32,    // out [batch * heads, m]; BIAS = 1 only
         first_query: *mut i32, // [batch, blocks of BN keys]: first query that sees any of them; option 4 only
         end_query: *mut i32, // the same: one past the last
-        block_batch: i32, // stride of the batch in those two
+        block_batch: i32,   // stride of the batch in those two
         options: i32,
         heads: i32,
         kv_heads: i32,
@@ -70,7 +71,6 @@ pub mod backward_key {
         // Under a causal mask the first keys are seen most: they come first without reversal.
         let ki: i32 = pid.1;
         let first: i32 = ki * BN;
-        let all_rows: i64 = wide(all_heads) * wide(np);
 
         // Queries [q0, q1) see some key of this block; all of [f0, f1) see every one.
         let mut q0: i32 = 0i32;
@@ -114,17 +114,17 @@ pub mod backward_key {
         let xp: Partition<f16, { [BM, D] }> = xt0.partition(const_shape![BM, D]);
         let yt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(yh, all_heads * np);
         let yp: Partition<f16, { [BM, D] }> = yt0.partition(const_shape![BM, D]);
+        let nt0: Tensor<bf16, { [-1, 16] }> = packed::<bf16, 16>(numbers, all_heads * np);
+        let np0: Partition<bf16, { [BM, 16] }> = nt0.partition(const_shape![BM, 16]);
         let ku: f32 = load_scalar(slice::<f32>(unit, wide(kv)));
         let vu: f32 = load_scalar(slice::<f32>(unit, wide(kvs + kv)));
         let never: Tile<f32, { [BN, BM] }> = constant(f32::NEG_INFINITY, const_shape![BN, BM]);
-        let boost: Tile<f32, { [BN, BM] }> = constant(7.0f32, const_shape![BN, BM]);
         let g_in: Tile<f32, { [BN, BM] }> = constant(0.125f32, const_shape![BN, BM]);
 
         let mut dk_all: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
         let mut dv_all: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
         for g in 0i32..group {
             let bh: i32 = head0 + g;
-            let base: i64 = wide(bh) * wide(np);
             let qu: f32 = load_scalar(slice::<f32>(q_unit, wide(bh)));
             let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(all_heads + bh)));
             let xu: f32 = load_scalar(slice::<f32>(x_unit, wide(bh)));
@@ -141,7 +141,6 @@ pub mod backward_key {
             let y_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - yue / top, const_shape![BN, BM]);
             let x_in: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - xu * ku, const_shape![BN, BM]);
             let y_in: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - yue * ku, const_shape![BN, BM]);
-            let inv_eu: Tile<f32, { [BN, BM] }> = broadcast_scalar(1.0f32 / eu, const_shape![BN, BM]);
             let mut dk_g: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
             let mut dv_g: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
             let mut db: Tile<f32, { [BN, 1] }> = constant(0.0f32, const_shape![BN, 1]);
@@ -151,19 +150,8 @@ pub mod backward_key {
                 let tg: Tile<f16, { [BM, D] }> = gp.load([tile, 0i32]);
                 let tx: Tile<f16, { [BM, D] }> = xp.load([tile, 0i32]);
                 let ty: Tile<f16, { [BM, D] }> = yp.load([tile, 0i32]);
-                let at: i64 = base + wide(i * BM);
-                let sh: Tile<f32, { [BN, BM] }> =
-                    load_across::<BM, BN>(slice::<f32>(row, all_rows + at)) + boost;
-                let xk: Tile<f32, { [BN, BM] }> =
-                    load_across::<BM, BN>(slice::<f32>(row, wide(3i32) * all_rows + at));
-                let ek: Tile<f32, { [BN, BM] }> =
-                    load_across::<BM, BN>(slice::<f32>(row, wide(4i32) * all_rows + at)) * inv_eu;
-                let mean: Tile<f32, { [BN, BM] }> =
-                    load_across::<BM, BN>(slice::<f32>(row, wide(5i32) * all_rows + at)) * inv_eu;
+                let terms: Tile<bf16, { [BM, 16] }> = np0.load([tile, 0i32]);
                 let mut s: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, tq) * sc;
-                let gamma: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(vt, tg);
-                let xx: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, tx);
-                let yy: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, ty);
                 if BIAS == 1i32 {
                     let bias_at: i64 = wide(batch) * wide(bias_batch)
                         + wide(bh - batch * heads) * wide(bias_head)
@@ -183,24 +171,27 @@ pub mod backward_key {
                     let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
                     s = select(visible_across::<BM, BN>(row_lo, row_hi, skip, first, rows), s, never);
                 }
+                // In an order that keeps few tiles alive.
+                let sh: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 0i32);
                 let p: Tile<f32, { [BN, BM] }> = exp2(s + sh, ftz::Enabled);
+                let xk: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 1i32);
+                let xx: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, tx);
                 let a: Tile<f32, { [BN, BM] }> = fma(xx, x_in, xk, rounding::NearestEven, ftz::Enabled);
-                let e: Tile<f32, { [BN, BM] }> = fma(
-                    gamma,
-                    g_in,
-                    fma(yy, y_in, ek, rounding::NearestEven, ftz::Enabled),
-                    rounding::NearestEven,
-                    ftz::Enabled,
-                );
                 let pa: Tile<f32, { [BN, BM] }> = p * a;
-                let ds: Tile<f32, { [BN, BM] }> =
-                    fma(pa, e, p * (zero_minus::<BN, BM>(mean)), rounding::NearestEven, ftz::Enabled);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(pa);
                 dv_g = mma(w, tg, dv_g);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(pa * y_out);
                 dk_g = mma(w, ty, dk_g);
+                let ek: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 2i32);
+                let yy: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, ty);
+                let e: Tile<f32, { [BN, BM] }> = fma(yy, y_in, ek, rounding::NearestEven, ftz::Enabled);
+                let gamma: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(vt, tg);
+                let e: Tile<f32, { [BN, BM] }> = fma(gamma, g_in, e, rounding::NearestEven, ftz::Enabled);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(p * e * x_out);
                 dk_g = mma(w, tx, dk_g);
+                let mean: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 3i32);
+                let ds: Tile<f32, { [BN, BM] }> =
+                    p * fma(a, e, zero_minus::<BN, BM>(mean), rounding::NearestEven, ftz::Enabled);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(ds * q_out);
                 dk_g = mma(w, tq, dk_g);
                 if BIAS == 1i32 {

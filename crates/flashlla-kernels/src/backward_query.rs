@@ -2,6 +2,7 @@
 
 #[cutile::module]
 pub mod backward_query {
+    use super::super::numbers::numbers::*;
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 
@@ -27,12 +28,13 @@ pub mod backward_query {
         y_unit: *mut f32,   // [batch * heads]: unit of yh
         unit: *mut f32,     // [2, batch * kv_heads]: units of kh and vh
         key_mean: *mut f32, // [batch * heads, np, D]
-        x: *mut f32,        // [batch * heads, np, D]
         y: *mut f32,        // [batch * heads, np, D]
-        row: *mut f32, // [8, batch * heads, np]: in as lla_mix left it; out: 3 1 + x.kbar, 4 y.kbar - mean of g.v, 5 sum p e a
-        dq: *mut E,    // out [batch, heads, n, d], strided
-        dridge: *mut f32, // out [batch * heads, n]
-        dscale: *mut f32, // out [batch * heads, n]: each query's part
+        lse: *mut f32,      // [batch * heads, n], natural
+        mean_in: *mut f32,  // [batch * heads, np]: mean of g.v
+        numbers: *mut bf16, // out [batch * heads, np, 16], see `numbers`
+        dq: *mut E,         // out [batch, heads, n, d], strided
+        dridge: *mut f32,   // out [batch * heads, n]
+        dscale: *mut f32,   // out [batch * heads, n]: each query's part
         options: i32,
         heads: i32,
         kv_heads: i32,
@@ -67,8 +69,6 @@ pub mod backward_query {
         let first: i32 = mi * BM;
         let rows: i32 = n - first;
         let tile: i32 = bh * (np / BM) + mi;
-        let at_row: i64 = wide(bh) * wide(np) + wide(first);
-        let all_rows: i64 = wide(grid.0) * wide(np);
         let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(first, n, offset);
         let range_at: i64 = wide(batch) * wide(range_batch) + wide(first);
         let row_lo: Tile<i32, { [BM, 1] }> = first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
@@ -102,47 +102,41 @@ pub mod backward_query {
         }
         let vt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(vh, kvs * mp);
         let vp: Partition<f16, { [BN, D] }> = vt0.partition(const_shape![BN, D]);
-        let qt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(qh, grid.0 * np);
-        let qp: Partition<f16, { [BM, D] }> = qt0.partition(const_shape![BM, D]);
-        let tq: Tile<f16, { [BM, D] }> = qp.load([tile, 0i32]);
-        let gt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(gh, grid.0 * np);
-        let gp: Partition<f16, { [BM, D] }> = gt0.partition(const_shape![BM, D]);
-        let tg: Tile<f16, { [BM, D] }> = gp.load([tile, 0i32]);
+        let tq: Tile<f16, { [BM, D] }> = load_packed::<f16, BM, D>(qh, grid.0 * np, tile);
+        let tg: Tile<f16, { [BM, D] }> = load_packed::<f16, BM, D>(gh, grid.0 * np, tile);
         let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(grid.0 + bh)))
             * load_scalar(slice::<f32>(unit, wide(kvs + kv)));
-        let shift: Tile<f32, { [BM, 1] }> =
-            load_rowwise::<f32, BM>(slice::<f32>(row, all_rows + at_row), 1i32, BM);
-        let xt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(xh, grid.0 * np);
-        let xp: Partition<f16, { [BM, D] }> = xt0.partition(const_shape![BM, D]);
-        let tx: Tile<f16, { [BM, D] }> = xp.load([tile, 0i32]);
-        let yt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(yh, grid.0 * np);
-        let yp: Partition<f16, { [BM, D] }> = yt0.partition(const_shape![BM, D]);
-        let ty: Tile<f16, { [BM, D] }> = yp.load([tile, 0i32]);
-        let mt0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(key_mean, grid.0 * np);
-        let mp0: Partition<f32, { [BM, D] }> = mt0.partition(const_shape![BM, D]);
-        let xf0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(x, grid.0 * np);
-        let xfp: Partition<f32, { [BM, D] }> = xf0.partition(const_shape![BM, D]);
-        let yf0: Tensor<f32, { [-1, D] }> = packed::<f32, D>(y, grid.0 * np);
-        let yfp: Partition<f32, { [BM, D] }> = yf0.partition(const_shape![BM, D]);
+        let shift: Tile<f32, { [BM, 1] }> = base2_shift::<BM>(load_rowwise::<f32, BM>(
+            slice::<f32>(lse, wide(bh) * wide(n) + wide(first)),
+            1i32,
+            rows,
+        ));
+        let tx: Tile<f16, { [BM, D] }> = load_packed::<f16, BM, D>(xh, grid.0 * np, tile);
+        let ty: Tile<f16, { [BM, D] }> = load_packed::<f16, BM, D>(yh, grid.0 * np, tile);
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
-        let kbar: Tile<f32, { [BM, D] }> = mp0.load([tile, 0i32]);
-        let seven: i64 = wide(7i32) * all_rows;
+        let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
         let mean: Tile<f32, { [BM, 1] }> =
-            load_rowwise::<f32, BM>(slice::<f32>(row, seven + at_row), 1i32, BM);
-        let xf: Tile<f32, { [BM, D] }> = xfp.load([tile, 0i32]);
-        let yf: Tile<f32, { [BM, D] }> = yfp.load([tile, 0i32]);
-        let xk: Tile<f32, { [BM, 1] }> = one + row_dot::<BM, D>(xf, kbar);
-        let ek: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(yf, kbar) - mean;
+            load_rowwise::<f32, BM>(slice::<f32>(mean_in, wide(bh) * wide(np) + wide(first)), 1i32, BM);
+        // Means are taken out with the roundings that the products have.
+        let xu: f32 = load_scalar(slice::<f32>(x_unit, wide(bh)));
+        let yu: f32 = load_scalar(slice::<f32>(y_unit, wide(bh)));
+        let xun: Tile<f32, { [BM, 1] }> = broadcast_scalar(xu, const_shape![BM, 1]);
+        let yun: Tile<f32, { [BM, 1] }> = broadcast_scalar(yu, const_shape![BM, 1]);
+        let xf: Tile<f32, { [BM, D] }> = convert_tile(tx);
+        let yf: Tile<f32, { [BM, D] }> = convert_tile(ty);
+        let xk: Tile<f32, { [BM, 1] }> = one + row_dot::<BM, D>(xf, kbar) * xun;
+        let ek: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(yf, kbar) * yun - mean;
         // e in units of eu, so that fp16 holds it: |g.v| stays near sqrt(D) units of g times units of v.
         let eu: f32 = gu * 8.0f32;
         let g_in: Tile<f32, { [BM, BN] }> = constant(0.125f32, const_shape![BM, BN]);
-        let x_in: f32 = 0.0f32 - load_scalar(slice::<f32>(x_unit, wide(bh))) * ku;
-        let y_in: f32 = 0.0f32 - load_scalar(slice::<f32>(y_unit, wide(bh))) * ku / eu;
+        let x_in: f32 = 0.0f32 - xu * ku;
+        let y_in: f32 = 0.0f32 - yu * ku / eu;
         let x_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(x_in, const_shape![BM, BN]);
         let y_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(y_in, const_shape![BM, BN]);
         let eun: Tile<f32, { [BM, 1] }> = broadcast_scalar(eu, const_shape![BM, 1]);
         let xk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xk);
-        let ek_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(ek / eun);
+        let eke: Tile<f32, { [BM, 1] }> = ek / eun;
+        let ek_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(eke);
         let boost: Tile<f32, { [BM, 1] }> = constant(7.0f32, const_shape![BM, 1]);
         let undo: Tile<f32, { [BM, 1] }> = constant(0.0078125f32, const_shape![BM, 1]);
         let sh: Tile<f32, { [BM, 1] }> = shift + boost;
@@ -176,13 +170,21 @@ pub mod backward_query {
             let wb: Tile<f16, { [BM, BN] }> = convert_tile(w);
             acc = mma(wb, kt, acc);
         }
+        let total: Tile<f32, { [BM, 1] }> = total * undo;
+        let mut terms: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
+        terms = with_number::<BM>(terms, 0i32, sh);
+        terms = with_number::<BM>(terms, 1i32, xk);
+        terms = with_number::<BM>(terms, 2i32, eke);
+        terms = with_number::<BM>(terms, 3i32, total);
+        let terms: Tile<bf16, { [BM, 16] }> = convert_tile(terms);
+        store_packed::<bf16, BM, 16>(numbers, grid.0 * np, tile, terms);
+        let total: Tile<f32, { [BM, 1] }> = total * eun;
         let coef: Tile<f32, { [BM, 1] }> = eun * undo;
-        let total: Tile<f32, { [BM, 1] }> = total * coef;
         let coef: Tile<f32, { [BM, 1] }> = coef * broadcast_scalar(ku, const_shape![BM, 1]);
         // sum ds k = sum p e a k - m kbar
-        let kbar: Tile<f32, { [BM, D] }> = mp0.load([tile, 0i32]);
+        let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
         let sk: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), zero - total, kbar);
-        let yf: Tile<f32, { [BM, D] }> = yfp.load([tile, 0i32]);
+        let yf: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(y, grid.0 * np, tile);
         let scn: Tile<f32, { [BM, 1] }> = broadcast_scalar(scale, const_shape![BM, 1]);
         let mut grad: Tile<f32, { [BM, D] }> = sk * across::<BM, D>(scn);
         if (options & 16i32) == 0i32 {
@@ -199,7 +201,7 @@ pub mod backward_query {
         let qun: Tile<f32, { [BM, 1] }> =
             broadcast_scalar(load_scalar(slice::<f32>(q_unit, wide(bh))), const_shape![BM, 1]);
         let at: i64 = wide(bh) * wide(n) + wide(first);
-        let xf: Tile<f32, { [BM, D] }> = xfp.load([tile, 0i32]);
+        let xf: Tile<f32, { [BM, D] }> = convert_tile(tx);
         store_column::<f32, BM>(
             slice::<f32>(dscale, at),
             rows,
@@ -208,15 +210,7 @@ pub mod backward_query {
         store_column::<f32, BM>(
             slice::<f32>(dridge, at),
             rows,
-            row_dot::<BM, D>(xf, yf).reshape(const_shape![BM]),
-        );
-        let base: i64 = all_rows + all_rows + all_rows + at_row;
-        store_column::<f32, BM>(slice::<f32>(row, base), BM, xk.reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(row, base + all_rows), BM, ek.reshape(const_shape![BM]));
-        store_column::<f32, BM>(
-            slice::<f32>(row, base + all_rows + all_rows),
-            BM,
-            total.reshape(const_shape![BM]),
+            (row_dot::<BM, D>(xf, yf) * xun).reshape(const_shape![BM]),
         );
     }
 }

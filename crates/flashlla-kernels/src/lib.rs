@@ -2,12 +2,12 @@
 //! `README.md` beside this crate's manifest is the launch contract.
 
 pub mod backward_key;
-pub mod backward_mix;
 pub mod backward_query;
-pub mod output;
+pub mod backward_solve;
+pub mod forward;
+pub mod numbers;
 pub mod poison;
 pub mod prepare;
-pub mod solve;
+pub mod state;
 pub mod tiles;
 pub mod variants;
-pub mod weights;

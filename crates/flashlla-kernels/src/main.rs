@@ -1,4 +1,5 @@
-//! Writes the Tile IR bytecode of every variant: `flashlla-kernels OUT_DIR ARCH [NAME_PART]`.
+//! Writes the Tile IR bytecode of every variant: `flashlla-kernels OUT_DIR ARCH [NAME_PART [BM,BN,WARPS,PER_SM]]`, the last to try
+//! other tile sizes, worker warps and tile blocks per SM on the kernels that have products.
 //!
 //! One line per variant goes to standard output, for `cargo xtask kernels`:
 //! `name entry dtype bm bn d high bias aligned tensor`, tab-separated.
@@ -8,11 +9,21 @@ use std::{env, error::Error, fs, path::PathBuf};
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = env::args().skip(1).collect();
     let [out, arch, rest @ ..] = args.as_slice() else {
-        return Err("usage: flashlla-kernels OUT_DIR ARCH [NAME_PART]".into());
+        return Err("usage: flashlla-kernels OUT_DIR ARCH [NAME_PART [BM,BN,WARPS,PER_SM]]".into());
     };
     let part = rest.first().map_or("", String::as_str);
-    let list: Vec<_> =
-        flashlla_kernels::variants::all().into_iter().filter(|v| v.name.contains(part)).collect();
+    let tiles = match rest.get(1) {
+        None => None,
+        Some(text) => {
+            let numbers: Vec<i32> = text.split(',').map(str::parse).collect::<Result<_, _>>()?;
+            let [bm, bn, warps, per_sm] = numbers[..] else {
+                return Err(format!("tiles are BM,BN,WARPS,PER_SM, not {text}").into());
+            };
+            Some((bm, bn, warps, per_sm))
+        }
+    };
+    let variants = flashlla_kernels::variants::with_tiles(tiles);
+    let list: Vec<_> = variants.into_iter().filter(|v| v.name.contains(part)).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let next = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| -> Result<(), Box<dyn Error>> {

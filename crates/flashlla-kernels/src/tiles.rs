@@ -56,7 +56,9 @@ pub mod tiles {
         let shape: Shape<{ [-1, -1] }> = Shape::<{ [-1, -1] }> { dims: &[rows, cols] };
         let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[stride] };
         let view: Tensor<E, { [-1, -1] }> = make_tensor_view(base, shape, strides, new_token_unordered());
-        let tile: Tile<E, { [R, D] }> = view.partition(const_shape![R, D]).load([0i32, 0i32]);
+        let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
+        let tile: Tile<E, { [R, D] }> =
+            load_view_tko(&part, [0i32, 0i32], ordering::Weak, scope::TileBlock, None, tma::Disabled);
         tile
     }
 
@@ -72,7 +74,15 @@ pub mod tiles {
         let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[stride] };
         let view: Tensor<E, { [-1, -1] }> = make_tensor_view(base, shape, strides, new_token_unordered());
         let mut part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
-        part.store_unchecked(value, [0i32, 0i32]);
+        store_view_tko_mut(
+            &mut part,
+            value,
+            [0i32, 0i32],
+            ordering::Weak,
+            scope::TileBlock,
+            None,
+            tma::Disabled,
+        );
     }
 
     /// `store_rows` where base, stride and columns are multiples of 16 bytes.
@@ -119,7 +129,76 @@ pub mod tiles {
     ) {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
         let mut part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
-        part.store_unchecked(value, [index, 0i32]);
+        store_view_tko_mut(
+            &mut part,
+            value,
+            [index, 0i32],
+            ordering::Weak,
+            scope::TileBlock,
+            None,
+            tma::Disabled,
+        );
+    }
+
+    /// Tile `index` of such an array, where one tile is all that a tile block reads of it: a bulk copy would first have to build
+    /// a descriptor of the array, which takes longer than the copy.
+    pub unsafe fn load_packed<E: ElementType, const R: i32, const D: i32>(
+        ptr: *mut E,
+        rows: i32,
+        index: i32,
+    ) -> Tile<E, { [R, D] }> {
+        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
+        let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
+        let tile: Tile<E, { [R, D] }> =
+            load_view_tko(&part, [index, 0i32], ordering::Weak, scope::TileBlock, None, tma::Disabled);
+        tile
+    }
+
+    /// `store_packed` after what `after` stands for; returns what stands for this.
+    pub unsafe fn save_packed<E: ElementType, const R: i32, const D: i32>(
+        ptr: *mut E,
+        rows: i32,
+        index: i32,
+        value: Tile<E, { [R, D] }>,
+        after: Token,
+    ) -> Token {
+        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
+        let part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
+        let token: Token = store_view_raw(
+            &part,
+            value,
+            [index, 0i32],
+            Some(after),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+        );
+        token
+    }
+
+    /// `load_packed` of what this tile block has stored itself, after what `after` stands for.
+    pub unsafe fn read_packed<E: ElementType, const R: i32, const D: i32>(
+        ptr: *mut E,
+        rows: i32,
+        index: i32,
+        after: Token,
+    ) -> Tile<E, { [R, D] }> {
+        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
+        let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
+        let (tile, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
+            &part,
+            [index, 0i32],
+            Some(after),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+            const_shape![R, D],
+        );
+        tile
     }
 
     /// One value per row, `stride` apart (0: the same for all); zero past `rows`.

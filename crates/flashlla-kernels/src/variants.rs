@@ -44,18 +44,30 @@ impl Variant {
 }
 
 /// Tile sizes (query rows, key rows), worker warps and tile blocks per SM, chosen by measurement on an H100.
-fn tiles(entry: &str, d: i32) -> (i32, i32, i32, i32) {
+fn tiles(entry: &str, d: i32) -> Tiles {
     match (entry, d) {
-        ("lla_weights", 64) => (64, 128, 4, 2),
-        ("lla_solve", 128) => (64, 64, 8, 1),
+        ("lla_forward" | "lla_backward_solve", 128) => (64, 128, 8, 1),
+        ("lla_backward_query", 64) => (128, 64, 8, 1),
         ("lla_backward_query", 128) => (64, 64, 4, 1),
         ("lla_backward_key", _) => (64, 64, 8, 1),
         _ => (64, 64, 4, 2),
     }
 }
 
+/// Tile sizes to try in place of those that were chosen: query rows, key rows, worker warps, tile blocks per SM.
+pub type Tiles = (i32, i32, i32, i32);
+
 /// Every variant of the bundle.
 pub fn all() -> Vec<Variant> {
+    with_tiles(None)
+}
+
+/// Every variant, with other tile sizes for those that have products.
+pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
+    let product = |entry, dtype, d, high, bias, aligned| {
+        let tiles = other.unwrap_or_else(|| tiles(entry, d));
+        product(entry, dtype, d, high, bias, aligned, tiles)
+    };
     let mut list = Vec::new();
     for d in [64, 128] {
         for dtype in ["bf16", "f16", "f32"] {
@@ -107,17 +119,15 @@ pub fn all() -> Vec<Variant> {
                 if aligned && dtype == "f32" {
                     continue;
                 }
-                list.push(product("lla_weights", dtype, d, false, bias, aligned));
-                list.push(product("lla_output", dtype, d, false, bias, aligned));
-                list.push(product("lla_output", dtype, d, true, bias, aligned));
+                list.push(product("lla_forward", dtype, d, false, bias, aligned));
+                list.push(product("lla_forward", dtype, d, true, bias, aligned));
                 list.push(product("lla_backward_query", dtype, d, false, bias, aligned));
                 list.push(product("lla_backward_key", dtype, d, false, bias, aligned));
             }
         }
         for bias in [false, true] {
-            list.push(product("lla_solve", "", d, false, bias, false));
-            list.push(product("lla_solve", "", d, true, bias, false));
-            list.push(product("lla_mix", "", d, false, bias, false));
+            list.push(product("lla_backward_solve", "", d, false, bias, false));
+            list.push(product("lla_backward_solve", "", d, true, bias, false));
         }
     }
     list
@@ -130,25 +140,26 @@ fn product(
     high: bool,
     bias: bool,
     aligned: bool,
+    (bm, bn, warps, occupancy): Tiles,
 ) -> Variant {
-    let (bm, bn, warps, occupancy) = tiles(entry, d);
     let (module, ast): (_, fn() -> _) = match entry {
-        "lla_weights" => ("weights", crate::weights::weights::__module_ast_self),
-        "lla_solve" => ("solve", crate::solve::solve::__module_ast_self),
-        "lla_output" => ("output", crate::output::output::__module_ast_self),
-        "lla_mix" => ("backward_mix", crate::backward_mix::backward_mix::__module_ast_self),
+        "lla_forward" => ("forward", crate::forward::forward::__module_ast_self),
+        "lla_backward_solve" => ("backward_solve", crate::backward_solve::backward_solve::__module_ast_self),
         "lla_backward_query" => ("backward_query", crate::backward_query::backward_query::__module_ast_self),
         _ => ("backward_key", crate::backward_key::backward_key::__module_ast_self),
     };
     let flag = |x: bool| u8::from(x).to_string();
     let mut generics: Vec<String> = if dtype.is_empty() { vec![] } else { vec![dtype.into()] };
     generics.extend([bm.to_string(), bn.to_string(), d.to_string()]);
-    if matches!(entry, "lla_solve" | "lla_output") {
+    if matches!(entry, "lla_forward" | "lla_backward_solve") {
         generics.push(flag(high));
     }
     generics.push(flag(bias));
     if !dtype.is_empty() {
         generics.push(flag(aligned));
+    }
+    if entry == "lla_forward" {
+        generics.push(flag(d == 128));
     }
     let kind = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
     Variant {

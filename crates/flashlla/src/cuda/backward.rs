@@ -2,7 +2,7 @@
 
 use super::driver::{Arguments, Context, Memory, fill, upload};
 use super::plan::{
-    Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, option, side,
+    Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, side,
 };
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Element, Error, Result};
@@ -56,7 +56,6 @@ pub struct BackwardPlan {
     convert: Convert,
     convert_grad: Convert,
     convert_f32: Convert,
-    mix: Variants,
     solve: Variants,
     query: Variants,
     key: Variants,
@@ -71,9 +70,12 @@ struct Scratch {
     convert: [ConvertScratch; 3],
     /// Of keys and values, queries and grad_out, probe and y.
     units: [u64; 3],
-    /// Those, and what the solve leaves behind.
-    halves: [u64; 7],
-    row: u64,
+    /// Those tensors in fp16.
+    halves: [u64; 6],
+    /// Mean of grad_out . v of every query.
+    mean: u64,
+    /// What the key pass needs of every query.
+    numbers: u64,
     y: u64,
     covariance: u64,
     bytes: usize,
@@ -95,11 +97,10 @@ impl BackwardPlan {
         let convert = Convert::new(&core, inputs)?;
         let convert_grad = Convert::new(&core, grad)?;
         let convert_f32 = Convert::new(&core, "f32")?;
-        let mix = core.find("lla_mix", "", false, bias)?;
-        let solve = core.find("lla_solve", "", high, bias)?;
+        let solve = core.find("lla_backward_solve", "", high, bias)?;
         let query = core.find("lla_backward_query", out, false, bias)?;
         let key = core.find("lla_backward_key", out, false, bias)?;
-        for kernel in [&mix, &solve, &query] {
+        for kernel in [&solve, &query] {
             core.use_block(kernel.block[0]);
         }
         let seen_by = core.queries_of_keys(key.block[1]);
@@ -109,7 +110,6 @@ impl BackwardPlan {
             convert,
             convert_grad,
             convert_f32,
-            mix,
             solve,
             query,
             key,
@@ -165,9 +165,9 @@ impl BackwardPlan {
                 half(places, rows),
                 half(places, rows),
                 half(places, rows),
-                half(places, if core.high { 2 * rows } else { rows }),
             ],
-            row: places.take(8 * rows * 4),
+            mean: places.take(rows * 4),
+            numbers: places.take(rows * 16 * 2),
             y: places.take(rows * core.width * 4),
             covariance: places.take(rows * core.width * 4),
             bytes: places.0,
@@ -205,8 +205,8 @@ impl BackwardPlan {
         let [heads, kv_heads] = core.heads();
         // Two units for every head lie behind each other.
         let (g_unit, y_unit) = (q_unit + 4 * heads as u64, x_unit + 4 * heads as u64);
-        let [kh, vh, qh, gh, xh, yh, left_over] = at.halves.map(|at| base + at);
-        let (row, y) = (base + at.row, base + at.y);
+        let [kh, vh, qh, gh, xh, yh] = at.halves.map(|at| base + at);
+        let [mean, numbers, y] = [at.mean, at.numbers, at.y].map(|at| base + at);
         let covariance = p.covariance.unwrap_or(base + at.covariance);
         let [first_query, end_query] = at.seen_by.map(|at| base + at);
         // SAFETY: inside the scratch.
@@ -218,35 +218,31 @@ impl BackwardPlan {
             core.write_tables(&at.tables, base, p.ridge, stream)?
         };
 
-        let common = |kernel: &Variants, options: i32| {
-            core.by_query(&at.tables, base, options, kernel.block[0], p.bias)
-        };
+        let common = |kernel: &Variants| core.by_query(&at.tables, base, kernel.block[0], p.bias);
         let scale = a.scale() as f32;
-        let mix = Arguments::new()
-            .pointers([qh, gh, kh, vh, q_unit, unit, p.lse, p.key_mean, covariance, row])
-            .then(&common(&self.mix, core.options))
-            .f32(scale);
-        let [iterations, residual] = p.diagnostics.unwrap_or([0, 0]);
+        let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
         let solve = Arguments::new()
-            .pointers([
-                qh, kh, unit, p.key_mean, row, left_over, y, covariance, ridge.ptr, iterations, residual,
-            ])
-            .then(&common(&self.solve, core.options | option::RIGHT_HAND_SIDE))
-            .then(&core.solve_limits(ridge, true, p.diagnostics.is_some()));
+            .pointers([qh, gh, kh, vh, q_unit, unit, p.lse, p.key_mean, p.probe, covariance, y, mean])
+            .pointers([iterations, relative])
+            .then(&common(&self.solve))
+            .f32(scale)
+            .pointers([ridge.ptr])
+            .then(&core.solve_limits(ridge))
+            .i32s([i32::from(p.diagnostics.is_some())]);
         let strides = |arguments: Arguments, view: &DeviceView| {
             arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
         };
         let query = Arguments::new()
-            .pointers([qh, gh, xh, yh, kh, vh, q_unit, x_unit, y_unit, unit, p.key_mean, p.probe, y, row])
-            .pointers([p.dq.ptr, p.dridge, p.dscale])
-            .then(&common(&self.query, core.options))
+            .pointers([qh, gh, xh, yh, kh, vh, q_unit, x_unit, y_unit, unit, p.key_mean, y, p.lse])
+            .pointers([mean, numbers, p.dq.ptr, p.dridge, p.dscale])
+            .then(&common(&self.query))
             .i32s([int(a.head_dim())]);
         let query = strides(query, &p.dq).f32(scale);
         let key = Arguments::new()
-            .pointers([qh, gh, xh, yh, kh, vh, q_unit, x_unit, y_unit, unit, row])
+            .pointers([qh, gh, xh, yh, kh, vh, q_unit, x_unit, y_unit, unit, numbers])
             .pointers([p.dk.ptr, p.dv.ptr, p.dbias.unwrap_or(0), first_query, end_query])
             .i32s([0])
-            .then(&core.by_key(&at.tables, base, core.options, p.bias))
+            .then(&core.by_key(&at.tables, base, p.bias))
             .i32s([int(a.head_dim()), int(a.value_dim())]);
         let key = strides(strides(key, &p.dk), &p.dv).f32(scale);
 
@@ -268,12 +264,7 @@ impl BackwardPlan {
                 self.convert.launch(of_inputs, base, queries, np, &q, q_unit, stream)?;
                 let g = [(p.grad_out, a.value_dim(), gh)];
                 self.convert_grad.launch(of_grad, base, queries, np, &g, g_unit, stream)?;
-                self.mix.pick(true).launch(grid(&self.mix), &mix, stream)?;
-                if core.has.probe {
-                    fill(y, 0, heads * np * core.width, stream)?;
-                } else {
-                    self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
-                }
+                self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
                 let xy = [(state(p.probe), core.width, xh), (state(y), core.width, yh)];
                 self.convert_f32.launch(of_state, base, queries, np, &xy, x_unit, stream)?;
                 let dq = aligned(&p.dq, a.head_dim(), self.bytes);

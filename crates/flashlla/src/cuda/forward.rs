@@ -18,7 +18,7 @@ pub struct ForwardPointers {
     pub k: DeviceView,
     /// Values.
     pub v: DeviceView,
-    /// The outputs, in the plan's output type.
+    /// The outputs, in the inputs' type.
     pub out: DeviceView,
     /// The bias; there must be one exactly if the plan was made for one.
     pub bias: Option<DeviceBias>,
@@ -43,11 +43,9 @@ pub struct ForwardPointers {
 #[derive(Debug)]
 pub struct ForwardPlan {
     core: Core,
-    bytes: [usize; 2],
+    bytes: usize,
     convert: Convert,
-    weights: Variants,
-    solve: Variants,
-    output: Variants,
+    forward: Variants,
     poison: Variants,
 }
 
@@ -58,31 +56,26 @@ struct Scratch {
     unit: u64,
     kh: u64,
     vh: u64,
-    qh: u64,
-    xh: u64,
-    row: u64,
     key_mean: u64,
+    residual: u64,
+    probe: u64,
     bytes: usize,
 }
 
 impl ForwardPlan {
-    pub(super) fn new<T: Element, O: Element>(
+    pub(super) fn new<T: Element>(
         engine: &Arc<Inner>,
         attention: &Attention,
         options: PlanOptions,
         high: bool,
     ) -> Result<Self> {
-        let (dtype, out_dtype) = (dtype::<T>()?, dtype::<O>()?);
+        let dtype = dtype::<T>()?;
         let mut core = Core::new(engine, attention, options, high)?;
         let convert = Convert::new(&core, dtype)?;
-        let weights = core.find("lla_weights", dtype, false, options.bias)?;
-        let solve = core.find("lla_solve", "", high, options.bias)?;
-        let output = core.find("lla_output", out_dtype, high, options.bias)?;
-        let poison = core.find("lla_poison", out_dtype, false, false)?;
-        for kernel in [&weights, &solve, &output] {
-            core.use_block(kernel.block[0]);
-        }
-        Ok(Self { core, bytes: [size_of::<T>(), size_of::<O>()], convert, weights, solve, output, poison })
+        let forward = core.find("lla_forward", dtype, high, options.bias)?;
+        let poison = core.find("lla_poison", dtype, false, false)?;
+        core.use_block(forward.block[0]);
+        Ok(Self { core, bytes: size_of::<T>(), convert, forward, poison })
     }
 
     pub(super) fn context(&self) -> &Context {
@@ -113,7 +106,6 @@ impl ForwardPlan {
         let core = &self.core;
         let [rows, key_rows] = core.heads();
         let (rows, key_rows) = (rows * core.padded_queries(), key_rows * core.padded_keys());
-        let terms = if core.high { 2 } else { 1 };
         let mut places = Places::default();
         let places = &mut places;
         Scratch {
@@ -122,10 +114,9 @@ impl ForwardPlan {
             unit: places.take(2 * core.heads()[1] * 4),
             kh: places.take(key_rows * core.width * 2),
             vh: places.take(key_rows * core.width * 2),
-            qh: places.take(rows * core.width * 2),
-            xh: places.take(terms * rows * core.width * 2),
-            row: places.take(8 * rows * 4),
             key_mean: places.take(rows * core.width * 4),
+            residual: places.take(rows * core.width * 4),
+            probe: places.take(rows * core.width * 4),
             bytes: places.0,
         }
     }
@@ -178,34 +169,27 @@ impl ForwardPlan {
             None => Some(Memory::new(context, stream, at.bytes)?),
         };
         let base = scratch.or(own.as_ref().map(Memory::ptr)).expect("one of the two");
-        let [unit, kh, vh, qh, xh, row] = [at.unit, at.kh, at.vh, at.qh, at.xh, at.row].map(|at| base + at);
+        let [unit, kh, vh, residual] = [at.unit, at.kh, at.vh, at.residual].map(|at| base + at);
         let key_mean = p.key_mean.unwrap_or(base + at.key_mean);
         // SAFETY: inside the scratch.
         let ridge = unsafe { core.write_tables(&at.tables, base, p.ridge, stream)? };
 
-        let common =
-            |kernel: &Variants| core.by_query(&at.tables, base, core.options, kernel.block[0], p.bias);
-        let weights = Arguments::new()
-            .pointers([p.q.ptr, kh, unit, qh, key_mean, row, p.lse.unwrap_or(0)])
-            .then(&common(&self.weights))
-            .i32s([int(a.head_dim())])
-            .i64s([p.q.strides[0], p.q.strides[1]])
-            .i32s([p.q.strides[2] as i32])
-            .f32(a.scale() as f32)
-            .i32s([i32::from(p.lse.is_some())]);
-        let probe = p.probe.or(p.probe_out).unwrap_or(0);
-        let save = p.probe.is_none() && p.probe_out.is_some();
-        let [iterations, residual] = p.diagnostics.unwrap_or([0, 0]);
-        let solve = Arguments::new()
-            .pointers([qh, kh, unit, key_mean, row, xh, probe, 0, ridge.ptr, iterations, residual])
-            .then(&common(&self.solve))
-            .then(&core.solve_limits(ridge, save, p.diagnostics.is_some()));
-        let output = Arguments::new()
-            .pointers([qh, xh, kh, vh, unit, row, p.out.ptr])
-            .then(&common(&self.output))
-            .i32s([int(a.value_dim())])
-            .i64s([p.out.strides[0], p.out.strides[1]])
-            .i32s([p.out.strides[2] as i32]);
+        let probe = p.probe.or(p.probe_out).unwrap_or(base + at.probe);
+        let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
+        let strides = |arguments: Arguments, view: &DeviceView| {
+            arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
+        };
+        let forward = Arguments::new()
+            .pointers([p.q.ptr, kh, vh, unit, p.out.ptr, key_mean, residual, probe, p.lse.unwrap_or(0)])
+            .pointers([ridge.ptr, iterations, relative])
+            .then(&core.by_query(&at.tables, base, self.forward.block[0], p.bias))
+            .i32s([int(a.head_dim())]);
+        let forward = strides(forward, &p.q).f32(a.scale() as f32).i32s([int(a.value_dim())]);
+        let forward = strides(forward, &p.out).then(&core.solve_limits(ridge)).i32s([
+            i32::from(p.lse.is_some()),
+            i32::from(p.probe.is_none() && p.probe_out.is_some()),
+            i32::from(p.diagnostics.is_some()),
+        ]);
         let marks = at.convert.marks().map(|at| base + at);
         let poisoned = Arguments::new()
             .pointers(marks)
@@ -218,16 +202,13 @@ impl ForwardPlan {
             |kernel: &Variants| [side(core.heads()[0]), side(a.queries().div_ceil(kernel.block[0])), 1];
         let keys = [a.batch(), a.kv_heads(), a.keys()];
         let tensors = [(p.k, a.head_dim(), kh), (p.v, a.value_dim(), vh)];
-        let [bytes, out_bytes] = self.bytes;
         // SAFETY: the arguments are those of the kernels' signatures in that order; the caller's memory is as large as
         // described, the scratch as large as `scratch` laid out.
         unsafe {
             self.convert.launch(&at.convert, base, keys, core.padded_keys(), &tensors, unit, stream)?;
-            let q = aligned(&p.q, a.head_dim(), bytes);
-            self.weights.pick(q).launch(grid(&self.weights), &weights, stream)?;
-            self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
-            let out = aligned(&p.out, a.value_dim(), out_bytes);
-            self.output.pick(out).launch(grid(&self.output), &output, stream)?;
+            let whole =
+                aligned(&p.q, a.head_dim(), self.bytes) && aligned(&p.out, a.value_dim(), self.bytes);
+            self.forward.pick(whole).launch(grid(&self.forward), &forward, stream)?;
             if poison {
                 self.poison.pick(true).launch(grid(&self.poison), &poisoned, stream)?;
             }

@@ -11,7 +11,6 @@ use crate::{
     Attention, Diagnostics, Element, Engine, Gradients, OtherGradients, Precision, Problem, Real, Result,
     Solver, State, Tensor, View, ViewMut,
 };
-use half::{bf16, f16};
 use std::borrow::Cow;
 
 /// The elements of a view as `[batch, head, token, dim]` in row-major order.
@@ -85,18 +84,31 @@ impl<'a> Room<'a> {
     }
 }
 
-/// A problem's inputs, contiguous.
-struct Inputs<'a, T: Element> {
+/// A problem's inputs, contiguous, in the type that the kernels read.
+struct Inputs<'a, T: Element, S: Element> {
     problem: &'a Problem<'a, T>,
-    q: Cow<'a, [T]>,
-    k: Cow<'a, [T]>,
-    v: Cow<'a, [T]>,
+    q: Cow<'a, [S]>,
+    k: Cow<'a, [S]>,
+    v: Cow<'a, [S]>,
     /// `[B or 1, HQ or 1, M]` and the strides of the first two.
     bias: Option<(Vec<f32>, [i32; 2])>,
 }
 
-impl<'a, T: Element> Inputs<'a, T> {
+impl<'a, T: Element> Inputs<'a, T, T> {
     fn new(problem: &'a Problem<'a, T>) -> Self {
+        Self::of(problem, contiguous)
+    }
+}
+
+impl<'a, T: Element> Inputs<'a, T, f32> {
+    /// The same numbers in `f32`, for outputs in another type than the inputs': the kernels write the type that they read.
+    fn widened(problem: &'a Problem<'a, T>) -> Self {
+        Self::of(problem, |view| contiguous(view).iter().map(|x| x.to_real()).collect())
+    }
+}
+
+impl<'a, T: Element, S: Element> Inputs<'a, T, S> {
+    fn of(problem: &'a Problem<'a, T>, take: impl Fn(View<'a, T>) -> Cow<'a, [S]>) -> Self {
         let a = problem.attention();
         let bias = problem.bias().map(|view| {
             let [b, h, m, _] = view.shape();
@@ -113,9 +125,9 @@ impl<'a, T: Element> Inputs<'a, T> {
         });
         Self {
             problem,
-            q: contiguous(problem.q()),
-            k: contiguous(problem.k()),
-            v: contiguous(problem.v()),
+            q: take(problem.q()),
+            k: take(problem.k()),
+            v: take(problem.v()),
             bias,
         }
     }
@@ -135,7 +147,7 @@ impl<'a, T: Element> Inputs<'a, T> {
     }
 
     /// Uploads, computes, downloads.
-    fn forward<O: Element>(&self, plan: &ForwardPlan, stream: &Stream) -> Result<(Vec<O>, State<T::Acc>)> {
+    fn forward(&self, plan: &ForwardPlan, stream: &Stream) -> Result<(Vec<S>, State<T::Acc>)> {
         let a = self.problem.attention();
         let context = plan.context();
         let _entered = context.enter()?;
@@ -151,7 +163,7 @@ impl<'a, T: Element> Inputs<'a, T> {
             Some(view) => room.holding(&padded(&contiguous(view), a.query_shape(), state_shape))?,
             None => room.empty::<f32>(state_len)?,
         };
-        let out = room.empty::<O>(count * a.value_dim())?;
+        let out = room.empty::<S>(count * a.value_dim())?;
         let (lse, key_mean) = (room.empty::<f32>(count)?, room.empty::<f32>(state_len)?);
         let (iterations, residual) = (room.empty::<u32>(count)?, room.empty::<f32>(count)?);
         let pointers = ForwardPointers {
@@ -349,20 +361,20 @@ fn fill_rows<A: Element>(data: &mut [A], width: usize, rows: impl IntoIterator<I
 }
 
 impl Cuda {
-    /// The outputs in a type that the kernels write.
-    fn compute<T: Element, O: Element>(&self, problem: &Problem<T>) -> Result<(Vec<O>, State<T::Acc>)> {
+    /// The outputs in the type of the inputs as they are uploaded.
+    fn compute<T: Element, S: Element>(&self, inputs: &Inputs<T, S>) -> Result<(Vec<S>, State<T::Acc>)> {
+        let problem = inputs.problem;
         let a = problem.attention();
-        let inputs = Inputs::new(problem);
         let high = a.precision() == Precision::High;
-        let plan = ForwardPlan::new::<T, O>(&self.inner, a, inputs.options(), high)?;
+        let plan = ForwardPlan::new::<S>(&self.inner, a, inputs.options(), high)?;
         let stream = self.inner.stream()?;
-        let (mut out, mut state) = inputs.forward::<O>(&plan, &stream)?;
+        let (mut out, mut state) = inputs.forward(&plan, &stream)?;
         if matches!(a.solver(), Solver::Auto { .. })
             && !high
             && unconverged(&state.diagnostics, plan.tolerance())
-            && let Ok(plan) = ForwardPlan::new::<T, O>(&self.inner, a, inputs.options(), true)
+            && let Ok(plan) = ForwardPlan::new::<S>(&self.inner, a, inputs.options(), true)
         {
-            (out, state) = inputs.forward::<O>(&plan, &stream)?;
+            (out, state) = inputs.forward(&plan, &stream)?;
         }
         lock(&self.inner.streams).push(stream);
 
@@ -374,8 +386,8 @@ impl Cuda {
         let spoilt = inputs.spoilt();
         let blind: Vec<bool> = rows(a).map(|(_, _, i)| a.mask().visible(i, a.keys()).count() == 0).collect();
         let bad = rows(a).map(|(b, h, i)| spoilt.at(a, b, h, i) != [false, false]);
-        fill_rows(&mut out, dv, bad, O::from_real(f32::NAN));
-        fill_rows(&mut out, dv, blind.iter().copied(), O::default());
+        fill_rows(&mut out, dv, bad, S::from_real(f32::NAN));
+        fill_rows(&mut out, dv, blind.iter().copied(), S::default());
         fill_rows(state.lse.data_mut(), 1, blind.iter().copied(), T::Acc::NEG_INFINITY);
         fill_rows(state.key_mean.data_mut(), d, blind.iter().copied(), T::Acc::ZERO);
         if problem.probe().is_none() {
@@ -395,19 +407,15 @@ impl Engine for Cuda {
         out: ViewMut<O>,
     ) -> Result<State<T::Acc>> {
         check_out(problem, &out)?;
-        // The kernels write f16, bf16 and f32; an output in f64 is widened from f32.
-        macro_rules! run {
-            ($o:ty) => {{
-                let (values, state) = self.compute::<T, $o>(problem)?;
-                write(&values, &out);
-                Ok(state)
-            }};
+        super::plan::dtype::<T>()?;
+        if O::NAME == T::NAME {
+            let (values, state) = self.compute(&Inputs::new(problem))?;
+            write(&values, &out);
+            return Ok(state);
         }
-        match O::NAME {
-            "bf16" => run!(bf16),
-            "f16" => run!(f16),
-            _ => run!(f32),
-        }
+        let (values, state) = self.compute(&Inputs::widened(problem))?;
+        write(&values, &out);
+        Ok(state)
     }
 
     fn backward_into<T: Element, G: Element, O: Element>(

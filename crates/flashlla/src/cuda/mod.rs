@@ -149,14 +149,14 @@ impl Cuda {
         &self.inner.bundle
     }
 
-    /// Makes a forward ready to run on device pointers: inputs stored as `T`, outputs as `O`. Loads the kernels that it
+    /// Makes a forward ready to run on device pointers: inputs and outputs stored as `T`. Loads the kernels that it
     /// needs, if no call has needed them before.
-    pub fn forward_plan<T: Element, O: Element>(
+    pub fn forward_plan<T: Element>(
         &self,
         attention: &Attention,
         options: PlanOptions,
     ) -> Result<ForwardPlan> {
-        ForwardPlan::new::<T, O>(&self.inner, attention, options, attention.precision() == Precision::High)
+        ForwardPlan::new::<T>(&self.inner, attention, options, attention.precision() == Precision::High)
     }
 
     /// The same for a backward: inputs stored as `T`, the gradient of the outputs as `G`, the other gradients as `O`.

@@ -1,0 +1,432 @@
+//! The forward of a block of queries: softmax weights and mean key, solve, output.
+//!
+//! Keys and values come as `lla_convert` leaves them: fp16, one power of two per head, padded with zero rows and columns.
+//!
+//! The solve's first step costs one product in the first pass. `delta = kbar - q` points mostly along q, and
+//! `C q = sum p (k - kbar) (k.q)` needs no other products with the keys than the logits have. So x starts at the best multiple of q, and
+//! the first direction is what is left of the residual, made conjugate to q. What A does to q also says about how far one more
+//! step, which takes no pass over the keys, would bring the residual down; where that is far enough no pass is made at all.
+
+#[cutile::module]
+pub mod forward {
+    use super::super::state::state::*;
+    use super::super::tiles::tiles::*;
+    use cutile::core::*;
+
+    /// `ALIGNED` = 1: bases, strides and columns of q and out are multiples of 16 bytes.
+    /// `KEEP` = 1: registers hold the solve's state, which is better where many threads share a row.
+    /// Grid (batch * heads, blocks of BM queries).
+    #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
+    pub unsafe fn lla_forward<
+        E: ElementType,
+        const BM: i32,
+        const BN: i32,
+        const D: i32,
+        const HIGH: i32,
+        const BIAS: i32,
+        const ALIGNED: i32,
+        const KEEP: i32,
+    >(
+        q: *mut E,            // [batch, heads, n, d], strided
+        kh: *mut f16,         // [batch * kv_heads, mp, D]
+        vh: *mut f16,         // [batch * kv_heads, mp, D]
+        unit: *mut f32,       // [2, batch * kv_heads]: units of keys and values
+        out: *mut E,          // out [batch, heads, n, dv], strided
+        key_mean: *mut f32,   // out [batch * heads, np, D]
+        residual: *mut f32,   // scratch [batch * heads, np, D]
+        x: *mut f32, // out [batch * heads, np, D] if save_state, else scratch: the probe; in: the given one under option 16
+        lse: *mut f32, // out [batch * heads, n] if save_lse, natural
+        ridge: *mut f32, // [batch, heads, n], strided
+        iterations: *mut i32, // out [batch * heads, n] if diagnostics
+        relative: *mut f32, // out [batch * heads, n] if diagnostics: |r| / |delta|
+        options: i32,
+        heads: i32,
+        kv_heads: i32,
+        n: i32,
+        np: i32, // n rounded up to 128
+        m: i32,
+        mp: i32, // m rounded up to 128
+        offset: i32,
+        window: i32,
+        lo: *mut i32, // [batch, n]: first visible key; option 4 only
+        hi: *mut i32, // [batch, n]: one past the last
+        range_batch: i32,
+        bounds: *mut i32, // [batch, blocks of BM queries, 4]: min lo, max lo, min hi, max hi; option 4 only
+        bounds_batch: i32,
+        bias: *mut f32, // [batch, heads, m], strided, unit last; BIAS = 1 only
+        bias_batch: i32,
+        bias_head: i32,
+        d: i32,
+        q_batch: i64,
+        q_head: i64,
+        q_row: i32,
+        scale: f32,
+        dv: i32,
+        out_batch: i64,
+        out_head: i64,
+        out_row: i32,
+        ridge_batch: i32,
+        ridge_head: i32,
+        ridge_row: i32,
+        tolerance2: f32, // square of the relative residual asked for
+        max_iterations: i32,
+        save_lse: i32,
+        save_state: i32,
+        diagnostics: i32,
+    ) {
+        let pid: (i32, i32, i32) = get_tile_block_id();
+        let grid: (i32, i32, i32) = get_num_tile_blocks();
+        let bh: i32 = pid.0;
+        let batch: i32 = bh / heads;
+        let head: i32 = bh % heads;
+        let kv: i32 = batch * kv_heads + head / (heads / kv_heads);
+        let kvs: i32 = grid.0 / heads * kv_heads;
+        let mi: i32 = block_index(options, pid.1, grid.1);
+        let first: i32 = mi * BM;
+        let rows: i32 = n - first;
+        let tile: i32 = bh * (np / BM) + mi;
+        let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(first, n, offset);
+        let range_at: i64 = wide(batch) * wide(range_batch) + wide(first);
+        let row_lo: Tile<i32, { [BM, 1] }> = first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
+        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM>(options, pos, m, hi, range_at, rows);
+        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
+        // Key tiles [begin, end); every row sees all of [full0, full1).
+        let last: i32 = min(first + BM, n) - 1i32;
+        let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
+        let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        let end: i32 =
+            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let mut full0: i32 =
+            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        if (full1 <= full0) || ((options & 8i32) != 0i32) {
+            full0 = begin;
+            full1 = begin;
+        }
+        let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
+        let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
+        let kv0: i32 = kv * (mp / BN);
+        let ku: f32 = load_scalar(slice::<f32>(unit, wide(kv)));
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
+        let kun: Tile<f32, { [BM, 1] }> = broadcast_scalar(ku, const_shape![BM, 1]);
+        // Times any logit scale (1e-7 or more) far below every logit, times a weight of 0 still 0.
+        let never: Tile<f32, { [BM, BN] }> = constant(-3.0e38f32, const_shape![BM, BN]);
+        let bias_at: i64 = wide(batch) * wide(bias_batch) + wide(head) * wide(bias_head);
+
+        // Queries, scaled to norm 1..2 per row; the softmax scale's sign goes into them.
+        let q_at: i64 = wide(batch) * q_batch + wide(head) * q_head + wide(first) * wide(q_row);
+        let tq: Tile<E, { [BM, D] }> = if ALIGNED == 1i32 {
+            load_rows_aligned::<E, BM, D>(slice_aligned::<E>(q, q_at), q_row, rows, d)
+        } else {
+            load_rows::<E, BM, D>(slice::<E>(q, q_at), q_row, rows, d)
+        };
+        let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
+        let qn: Tile<f32, { [BM, 1] }> =
+            pow2_floor::<{ [BM, 1] }>(sqrt(row_dot::<BM, D>(qf, qf), rounding::NearestEven, ftz::Disabled));
+        let mut sign: f32 = 1.0f32;
+        let mut magnitude: f32 = scale;
+        if scale < 0.0f32 {
+            sign = 0.0f32 - 1.0f32;
+            magnitude = 0.0f32 - scale;
+        }
+        let qu: Tile<f32, { [BM, 1] }> = broadcast_scalar(sign, const_shape![BM, 1]) * qn;
+        let tq: Tile<f16, { [BM, D] }> = convert_tile(qf * across::<BM, D>(one / qu));
+        // exp's base is 2 inside. The floor keeps masked logits apart from the others at a scale of 0.
+        let floor_scale: Tile<f32, { [BM, 1] }> = constant(1.0e-7f32, const_shape![BM, 1]);
+        let sc_true: Tile<f32, { [BM, 1] }> = max_tile(
+            qn * broadcast_scalar(magnitude * ku * 1.4426950408889634f32, const_shape![BM, 1]),
+            floor_scale,
+        );
+        let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
+        if BIAS == 1i32 {
+            sc = one;
+        }
+        // Weights are raised so that fp16 keeps the small ones; raised weight times product stays below its limit.
+        let eight: Tile<f32, { [BM, 1] }> = constant(8.0f32, const_shape![BM, 1]);
+        let mut m_i: Tile<f32, { [BM, 1] }> = constant(-1.0e30f32, const_shape![BM, 1]);
+        let mut l_i: Tile<f32, { [BM, 1] }> = zero;
+        let mut sum_k: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let mut sum_sk: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        for j in begin..end {
+            let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
+            let product: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
+            let mut s: Tile<f32, { [BM, BN] }> = product;
+            if BIAS == 1i32 {
+                s = add_bias::<BM, BN>(s, sc_true, bias, bias_at, j * BN, m);
+            }
+            if (j < full0) || (j >= full1) {
+                s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
+            }
+            let mx: Tile<f32, { [BM] }> = reduce_max(s, 1i32);
+            let mn: Tile<f32, { [BM, 1] }> = max_tile(m_i, mx.reshape(const_shape![BM, 1]) * sc);
+            let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, eight - mn);
+            let al: Tile<f32, { [BM, 1] }> = exp2(m_i - mn, ftz::Enabled);
+            let ps: Tile<f32, { [BM] }> = reduce_sum(p, 1i32);
+            l_i = l_i * al + ps.reshape(const_shape![BM, 1]);
+            let pb: Tile<f16, { [BM, BN] }> = convert_tile(p);
+            let mut sp: Tile<f32, { [BM, BN] }> = s;
+            if BIAS == 1i32 {
+                sp = product;
+            }
+            let spb: Tile<f16, { [BM, BN] }> = convert_tile(p * sp);
+            sum_k = mma(pb, kt, sum_k * across::<BM, D>(al));
+            sum_sk = mma(spb, kt, sum_sk * across::<BM, D>(al));
+            m_i = mn;
+        }
+        let none: Tile<bool, { [BM, 1] }> = eq_tile(l_i, zero);
+        let lse2: Tile<f32, { [BM, 1] }> = m_i + log2(l_i) - eight;
+        let shift: Tile<f32, { [BM, 1] }> = select(none, zero, zero - lse2);
+        let inv_l: Tile<f32, { [BM, 1] }> = select(none, zero, kun / l_i);
+        let kbar: Tile<f32, { [BM, D] }> = sum_k * across::<BM, D>(inv_l);
+        if save_lse != 0i32 {
+            let ln2: Tile<f32, { [BM, 1] }> = constant(0.6931471805599453f32, const_shape![BM, 1]);
+            let minus_inf: Tile<f32, { [BM, 1] }> = constant(f32::NEG_INFINITY, const_shape![BM, 1]);
+            store_column::<f32, BM>(
+                slice::<f32>(lse, wide(bh) * wide(n) + wide(first)),
+                rows,
+                select(none, minus_inf, lse2 * ln2).reshape(const_shape![BM]),
+            );
+        }
+
+        // A q = C q + ridge q, and the best multiple of q.
+        let lam: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(
+            slice::<f32>(
+                ridge,
+                wide(batch) * wide(ridge_batch)
+                    + wide(head) * wide(ridge_head)
+                    + wide(first) * wide(ridge_row),
+            ),
+            ridge_row,
+            rows,
+        );
+        let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
+        let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
+        let qf: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(qu);
+        let q_k: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, kbar);
+        let cq: Tile<f32, { [BM, D] }> =
+            add_scaled::<BM, D>(sum_sk * across::<BM, D>(inv_l * qu * kun), zero - q_k, kbar);
+        // All other products follow from these, and from that of the residual with itself, which cancels too much.
+        let q_q: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, qf);
+        let k_k: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(kbar, kbar);
+        let q_c: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, cq);
+        let k_c: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(kbar, cq);
+        let c_c: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(cq, cq);
+        let q_aq: Tile<f32, { [BM, 1] }> = q_c + lam * q_q;
+        let k_aq: Tile<f32, { [BM, 1] }> = k_c + lam * q_k;
+        let aq_aq: Tile<f32, { [BM, 1] }> = c_c + lam * (q_c + q_aq);
+        let q_d: Tile<f32, { [BM, 1] }> = q_k - q_q;
+        let dd: Tile<f32, { [BM, 1] }> = k_k - q_k - q_d;
+        // Rows past the end have nothing to solve.
+        let dd: Tile<f32, { [BM, 1] }> = select(rows_there::<BM>(rows) & gt_tile(dd, least), dd, zero);
+        let thr: Tile<f32, { [BM, 1] }> = dd * broadcast_scalar(tolerance2, const_shape![BM, 1]);
+        let any_q: Tile<bool, { [BM, 1] }> = gt_tile(q_aq, least) & gt_tile(q_q, least) & gt_tile(dd, zero);
+        let alpha: Tile<f32, { [BM, 1] }> = select(any_q, quotient::<{ [BM, 1] }>(q_d, q_aq), zero);
+        // delta - alpha A q
+        let r: Tile<f32, { [BM, D] }> =
+            add_scaled::<BM, D>(add_scaled::<BM, D>(kbar, zero - one - alpha * lam, qf), zero - alpha, cq);
+        let rr: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(r, r);
+        let r_aq: Tile<f32, { [BM, 1] }> = k_aq - q_aq - alpha * aq_aq;
+        // The roundings of p (k.q) and of kbar leave about this much in A q, squared.
+        let rounding2: Tile<f32, { [BM, 1] }> = constant(2.4e-7f32, const_shape![BM, 1]);
+        let noise: Tile<f32, { [BM, 1] }> = alpha * alpha * q_k * q_k * k_k * rounding2;
+        let quarter: Tile<f32, { [BM, 1] }> = constant(0.25f32, const_shape![BM, 1]);
+        let sixteenth: Tile<f32, { [BM, 1] }> = constant(0.0625f32, const_shape![BM, 1]);
+        let seeded: Tile<bool, { [BM, 1] }> =
+            any_q & le_tile(rr, dd * quarter) & le_tile(noise, thr * sixteenth);
+        let theta: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(q_aq, max_tile(q_q, least));
+        let beta: Tile<f32, { [BM, 1] }> = select(seeded, zero - quotient::<{ [BM, 1] }>(r_aq, q_aq), zero);
+        // Length of the next step along the conjugate direction, if A acts on it as it does on q.
+        let least_part: Tile<f32, { [BM, 1] }> = constant(0.3f32, const_shape![BM, 1]);
+        let curvature: Tile<f32, { [BM, 1] }> = max_tile(theta * rr + beta * r_aq, theta * rr * least_part);
+        let step: Tile<f32, { [BM, 1] }> =
+            select(seeded & gt_tile(rr, zero), quotient::<{ [BM, 1] }>(rr, curvature), zero);
+        // Squared spread of A about theta, relative; twice that bounds what the next step leaves of the residual, roughly.
+        let spread: Tile<f32, { [BM, 1] }> =
+            quotient::<{ [BM, 1] }>(aq_aq, max_tile(theta * q_aq, least)) - one;
+        let four: Tile<f32, { [BM, 1] }> = constant(4.0f32, const_shape![BM, 1]);
+        let ahead: Tile<f32, { [BM, 1] }> = select(seeded, four * rr * max_tile(spread, zero), dd);
+        let enough: Tile<bool, { [BM, 1] }> = seeded & le_tile(ahead, thr);
+        let tiny: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
+        let more: Tile<bool, { [BM, 1] }> = gt_tile(dd, zero) & gt_tile(ahead, thr * tiny);
+        let r: Tile<f32, { [BM, D] }> =
+            select(seeded.broadcast(const_shape![BM, D]), r, add_scaled::<BM, D>(kbar, zero - one, qf));
+        let rr: Tile<f32, { [BM, 1] }> = select(seeded, rr, dd);
+        let start: Tile<f32, { [BM, 1] }> = select(seeded, alpha, zero);
+        let free: Tile<f32, { [BM, 1] }> = select(enough, step, zero);
+        let energy: Tile<f32, { [BM, 1] }> = max_tile(start * q_d, zero) + step * rr;
+        let mut worst: f32 = any_positive::<BM>(select(gt_tile(dd, zero) & gt_tile(ahead, thr), one, zero));
+        if (options & 16i32) != 0i32 {
+            worst = 0.0f32;
+        }
+        // From here on the state is in memory, numbers per query in one tile: products need the registers.
+        let mut record: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
+        record = put::<BM>(record, 0i32, sc_true);
+        record = put::<BM>(record, 1i32, shift);
+        record = put::<BM>(record, 2i32, ahead);
+        record = put::<BM>(record, 3i32, start * qu);
+        record = put::<BM>(record, 7i32, lam);
+        record = put::<BM>(record, 8i32, select(more, rr, zero));
+        record = put::<BM>(record, 9i32, dd);
+        record = put::<BM>(record, 10i32, step);
+        record = put::<BM>(record, 11i32, free);
+        record = put::<BM>(record, 14i32, energy);
+        let d: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, beta, qf);
+        let mut token: Token =
+            save_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar, new_token_unordered());
+        let x_start: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
+        if (KEEP == 0i32) && (worst > 0.0f32) {
+            token = save_packed::<f32, BM, D>(residual, grid.0 * np, tile, r, token);
+            token = save_packed::<f32, BM, D>(x, grid.0 * np, tile, x_start, token);
+        }
+        let (first_record, first_hi, first_lo): (
+            Tile<f32, { [BM, 16] }>,
+            Tile<f16, { [BM, D] }>,
+            Tile<f16, { [BM, D] }>,
+        ) = direction::<BM, D, HIGH>(record, d, kbar, ku);
+        record = first_record;
+        let mut d_hi: Tile<f16, { [BM, D] }> = first_hi;
+        let mut d_lo: Tile<f16, { [BM, D] }> = first_lo;
+        // Where a thread has few elements of a row, registers hold the state; elsewhere these are never looked at.
+        let mut r_kept: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let mut x_kept: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let mut kbar_kept: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        if KEEP == 1i32 {
+            r_kept = r;
+            x_kept = x_start;
+            kbar_kept = kbar;
+        }
+        let mut it: i32 = 0i32;
+        while (it < max_iterations) && (worst > 0.0f32) {
+            let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
+                record, tq, d_hi, d_lo, &kp, kv0, begin, end, full0, full1, row_lo, row_hi, skip, bias,
+                bias_at, m,
+            );
+            let (next_record, next_hi, next_lo, next_r, next_x, next_token): (
+                Tile<f32, { [BM, 16] }>,
+                Tile<f16, { [BM, D] }>,
+                Tile<f16, { [BM, D] }>,
+                Tile<f32, { [BM, D] }>,
+                Tile<f32, { [BM, D] }>,
+                Token,
+            ) = advance::<BM, D, HIGH, KEEP>(
+                record,
+                acc,
+                d_hi,
+                d_lo,
+                residual,
+                x,
+                key_mean,
+                r_kept,
+                x_kept,
+                kbar_kept,
+                grid.0 * np,
+                tile,
+                tolerance2,
+                ku,
+                token,
+            );
+            record = next_record;
+            d_hi = next_hi;
+            d_lo = next_lo;
+            r_kept = next_r;
+            x_kept = next_x;
+            token = next_token;
+            worst = any_positive::<BM>(pick::<BM>(record, 4i32));
+            it = it + 1i32;
+        }
+        let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
+        let mut probe: Tile<f32, { [BM, D] }> = x_kept;
+        if KEEP == 0i32 {
+            let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
+            probe = qf * across::<BM, D>(pick::<BM>(record, 3i32));
+            if it > 0i32 {
+                probe = read_packed::<f32, BM, D>(x, grid.0 * np, tile, token);
+            }
+        }
+        probe = add_scaled::<BM, D>(probe, pick::<BM>(record, 11i32) * pick::<BM>(record, 12i32), d);
+        let energy: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 14i32);
+        let kbar: Tile<f32, { [BM, D] }> = if KEEP == 1i32 {
+            kbar_kept
+        } else {
+            read_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, token)
+        };
+        let shift: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 1i32);
+        let sc_true: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 0i32);
+        let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
+        if BIAS == 1i32 {
+            sc = one;
+        }
+        let two: Tile<f32, { [BM, 1] }> = constant(2.0f32, const_shape![BM, 1]);
+        // p |alpha| <= sqrt(sum p alpha^2) <= sqrt(delta.x)
+        let mut reach: Tile<f32, { [BM, 1] }> = two * sqrt(energy, rounding::NearestEven, ftz::Disabled);
+        if (options & 16i32) != 0i32 {
+            probe = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
+            // |alpha| <= |x| |k - kbar|, and keys have norm at most 2 sqrt(D) units.
+            let most: Tile<f32, { [BM, 1] }> = constant(64.0f32, const_shape![BM, 1]);
+            reach = sqrt(row_dot::<BM, D>(probe, probe), rounding::NearestEven, ftz::Disabled) * kun * most;
+        } else {
+            if save_state != 0i32 {
+                save_packed::<f32, BM, D>(x, grid.0 * np, tile, probe, token);
+            }
+        }
+        if diagnostics != 0i32 {
+            store_diagnostics::<BM>(record, iterations, relative, wide(bh) * wide(n) + wide(first), rows);
+        }
+
+        let room: Tile<f32, { [BM, 1] }> = constant(32768.0f32, const_shape![BM, 1]);
+        let top: Tile<f32, { [BM, 1] }> = constant(1024.0f32, const_shape![BM, 1]);
+        let boost: Tile<f32, { [BM, 1] }> =
+            min_tile(pow2_floor::<{ [BM, 1] }>(quotient::<{ [BM, 1] }>(room, one + reach)), top);
+        let norm: Tile<f32, { [BM, 1] }> =
+            sqrt(row_dot::<BM, D>(probe, probe), rounding::NearestEven, ftz::Disabled);
+        let mut xu: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(norm);
+        if HIGH == 1i32 {
+            let sixteenth: Tile<f32, { [BM, 1] }> = constant(0.0625f32, const_shape![BM, 1]);
+            xu = xu * sixteenth;
+        }
+        let scaled: Tile<f32, { [BM, D] }> = probe * across::<BM, D>(quotient::<{ [BM, 1] }>(one, xu));
+        let x_hi: Tile<f16, { [BM, D] }> = convert_tile(scaled);
+        let x_lo: Tile<f16, { [BM, D] }> = low_part::<BM, D>(scaled, x_hi);
+        // The weights p a must sum to 1 with the probe that is used, not with the exact one: where the mean key is large, the
+        // difference is too.
+        let mut used: Tile<f32, { [BM, D] }> = convert_tile(x_hi);
+        if HIGH == 1i32 {
+            used = scaled;
+        }
+        let xk: Tile<f32, { [BM, 1] }> = one + row_dot::<BM, D>(used, kbar) * xu;
+        let xt: Tile<f32, { [BM, 1] }> = zero - xu * kun;
+        let sh: Tile<f32, { [BM, 1] }> = shift + log2(boost);
+        let undo: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(one, boost);
+        let vt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(vh, kvs * mp);
+        let vp: Partition<f16, { [BN, D] }> = vt0.partition(const_shape![BN, D]);
+        let xk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xk);
+        let xt_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xt);
+        let mut o: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        for j in begin..end {
+            let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
+            let mut s: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
+            let t: Tile<f32, { [BM, BN] }> = scores2::<BM, BN, D, HIGH>(x_hi, x_lo, kt);
+            let vt: Tile<f16, { [BN, D] }> = vp.load([kv0 + j, 0i32]);
+            if BIAS == 1i32 {
+                s = add_bias::<BM, BN>(s, sc_true, bias, bias_at, j * BN, m);
+            }
+            if (j < full0) || (j >= full1) {
+                s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
+            }
+            let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
+            let wb: Tile<f16, { [BM, BN] }> =
+                convert_tile(p * fma(t, xt_b, xk_b, rounding::NearestEven, ftz::Enabled));
+            o = mma(wb, vt, o);
+        }
+        let vu: f32 = load_scalar(slice::<f32>(unit, wide(kvs + kv)));
+        let ob: Tile<E, { [BM, D] }> =
+            convert_tile(o * across::<BM, D>(undo * broadcast_scalar(vu, const_shape![BM, 1])));
+        let out_at: i64 = wide(batch) * out_batch + wide(head) * out_head + wide(first) * wide(out_row);
+        if ALIGNED == 1i32 {
+            store_rows_aligned::<E, BM, D>(slice_aligned::<E>(out, out_at), out_row, rows, dv, ob);
+        } else {
+            store_rows::<E, BM, D>(slice::<E>(out, out_at), out_row, rows, dv, ob);
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Conjugate gradients of a block of queries, with the state in memory: numbers per query in one tile, the solution and the residual behind
+//! each other in scratch that the block reads again, ordered by tokens. The products need the registers.
+//!
+//! A record, f32 `[BM, 16]`, holds per query: 0 logit scale (base 2), 1 -lse (base 2; 0 if no key is seen), 2 |r|^2 that counts as
+//! reached, 3 the caller's, 4 1 while another pass is needed, 7 ridge, 8 |r|^2 (0 once nothing is to be gained), 9 |delta|^2, 10 last step
+//! length (0: none), 11 length of the free step that ends the solve, 12 unit of the direction, 13 direction.kbar in products'
+//! units, 14 bound of delta.x, 15 passes. Apart, each number would be moved between layouts through shared memory by itself.
+
+#[cutile::module]
+pub mod state {
+    use super::super::tiles::tiles::*;
+    use cutile::core::*;
+
+    /// Which elements of a record are number `which`.
+    pub fn at_number<const BM: i32>(which: i32) -> Tile<bool, { [BM, 16] }> {
+        let column: Tile<i32, { [16] }> = iota(const_shape![16]);
+        let wanted: Tile<bool, { [16] }> = eq_tile(column, broadcast_scalar(which, const_shape![16]));
+        wanted.reshape(const_shape![1, 16]).broadcast(const_shape![BM, 16])
+    }
+
+    /// Number `which` of every query.
+    pub fn pick<const BM: i32>(record: Tile<f32, { [BM, 16] }>, which: i32) -> Tile<f32, { [BM, 1] }> {
+        let zero: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
+        let sum: Tile<f32, { [BM] }> = reduce_sum(select(at_number::<BM>(which), record, zero), 1i32);
+        sum.reshape(const_shape![BM, 1])
+    }
+
+    /// The record with another number `which`.
+    pub fn put<const BM: i32>(
+        record: Tile<f32, { [BM, 16] }>,
+        which: i32,
+        value: Tile<f32, { [BM, 1] }>,
+    ) -> Tile<f32, { [BM, 16] }> {
+        select(at_number::<BM>(which), value.broadcast(const_shape![BM, 16]), record)
+    }
+
+    /// Whether a row is one of the first `rows`.
+    pub fn rows_there<const BM: i32>(rows: i32) -> Tile<bool, { [BM, 1] }> {
+        let r: Tile<i32, { [BM] }> = iota(const_shape![BM]);
+        lt_tile(r.reshape(const_shape![BM, 1]), broadcast_scalar(rows, const_shape![BM, 1]))
+    }
+
+    /// Squared relative change of the step length, which tells how far a step of the same length along the next direction would
+    /// miss; 1 where there is no earlier step.
+    pub fn step_change<const BM: i32>(
+        a: Tile<f32, { [BM, 1] }>,
+        last: Tile<f32, { [BM, 1] }>,
+    ) -> Tile<f32, { [BM, 1] }> {
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
+        let known: Tile<bool, { [BM, 1] }> = gt_tile(a, zero) & gt_tile(last, zero);
+        let change: Tile<f32, { [BM, 1] }> =
+            select(known, min_tile(quotient::<{ [BM, 1] }>(absf(a - last), a), one), one);
+        change * change
+    }
+
+    /// A direction in fp16 as the products take it, and what that rounding left, with the record that has its unit and its product
+    /// with the mean key. `room`: 1, or 1/16 where there are two terms.
+    pub fn direction<const BM: i32, const D: i32, const HIGH: i32>(
+        record: Tile<f32, { [BM, 16] }>,
+        d: Tile<f32, { [BM, D] }>,
+        kbar: Tile<f32, { [BM, D] }>,
+        ku: f32,
+    ) -> (Tile<f32, { [BM, 16] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) {
+        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
+        let norm: Tile<f32, { [BM, 1] }> = sqrt(row_dot::<BM, D>(d, d), rounding::NearestEven, ftz::Disabled);
+        let mut unit: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(norm);
+        if HIGH == 1i32 {
+            let sixteenth: Tile<f32, { [BM, 1] }> = constant(0.0625f32, const_shape![BM, 1]);
+            unit = unit * sixteenth;
+        }
+        let scaled: Tile<f32, { [BM, D] }> = d * across::<BM, D>(quotient::<{ [BM, 1] }>(one, unit));
+        let hi: Tile<f16, { [BM, D] }> = convert_tile(scaled);
+        let mut lo: Tile<f16, { [BM, D] }> = hi;
+        let mut used: Tile<f32, { [BM, D] }> = convert_tile(hi);
+        if HIGH == 1i32 {
+            lo = low_part::<BM, D>(scaled, hi);
+            used = scaled;
+        }
+        let inverse_ku: Tile<f32, { [BM, 1] }> = broadcast_scalar(1.0f32 / ku, const_shape![BM, 1]);
+        let along: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(used, kbar) * inverse_ku;
+        (put::<BM>(put::<BM>(record, 12i32, unit), 13i32, along), hi, lo)
+    }
+
+    /// That direction in f32, in its unit.
+    pub fn direction_in_unit<const BM: i32, const D: i32, const HIGH: i32>(
+        hi: Tile<f16, { [BM, D] }>,
+        lo: Tile<f16, { [BM, D] }>,
+    ) -> Tile<f32, { [BM, D] }> {
+        let mut d: Tile<f32, { [BM, D] }> = convert_tile(hi);
+        if HIGH == 1i32 {
+            let tail: Tile<f32, { [BM, D] }> = convert_tile(lo);
+            d = d + tail;
+        }
+        d
+    }
+
+    /// The pass over the keys: `sum p ((k - kbar).d) k`, raised by 2^10 (2^6 where there are two terms), in units.
+    pub unsafe fn pass<const BM: i32, const BN: i32, const D: i32, const HIGH: i32, const BIAS: i32>(
+        record: Tile<f32, { [BM, 16] }>,
+        tq: Tile<f16, { [BM, D] }>,
+        d_hi: Tile<f16, { [BM, D] }>,
+        d_lo: Tile<f16, { [BM, D] }>,
+        kp: &Partition<f16, { [BN, D] }>,
+        kv0: i32,
+        begin: i32,
+        end: i32,
+        full0: i32,
+        full1: i32,
+        row_lo: Tile<i32, { [BM, 1] }>,
+        row_hi: Tile<i32, { [BM, 1] }>,
+        skip: Tile<i32, { [BM, 1] }>,
+        bias: *mut f32,
+        bias_at: i64,
+        m: i32,
+    ) -> Tile<f32, { [BM, D] }> {
+        let mut lift: Tile<f32, { [BM, 1] }> = constant(10.0f32, const_shape![BM, 1]);
+        if HIGH == 1i32 {
+            lift = constant(6.0f32, const_shape![BM, 1]);
+        }
+        let sh: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 1i32) + lift;
+        let sc_true: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 0i32);
+        let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
+        if BIAS == 1i32 {
+            sc = constant(1.0f32, const_shape![BM, 1]);
+        }
+        let never: Tile<f32, { [BM, BN] }> = constant(f32::NEG_INFINITY, const_shape![BM, BN]);
+        let dk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(pick::<BM>(record, 13i32));
+        let mut acc: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        for j in begin..end {
+            let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
+            let mut s: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
+            let t: Tile<f32, { [BM, BN] }> = scores2::<BM, BN, D, HIGH>(d_hi, d_lo, kt);
+            if BIAS == 1i32 {
+                s = add_bias::<BM, BN>(s, sc_true, bias, bias_at, j * BN, m);
+            }
+            if (j < full0) || (j >= full1) {
+                s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
+            }
+            let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
+            let wb: Tile<f16, { [BM, BN] }> = convert_tile(p * (t - dk_b));
+            acc = mma(wb, kt, acc);
+        }
+        acc
+    }
+
+    /// The step along the direction whose pass gave `acc`, and the next direction. Residual and solution are read and written in
+    /// memory; the token is for who reads them next.
+    ///
+    /// A row stops as soon as one more step along the next direction, of this step's length, is expected to do: that step needs
+    /// no pass ("free"). Its residual is |r|^2 times what this step left of it, plus what the change of the length says.
+    pub unsafe fn advance<const BM: i32, const D: i32, const HIGH: i32, const KEEP: i32>(
+        record: Tile<f32, { [BM, 16] }>,
+        acc: Tile<f32, { [BM, D] }>,
+        d_hi: Tile<f16, { [BM, D] }>,
+        d_lo: Tile<f16, { [BM, D] }>,
+        residual: *mut f32, // [batch * heads, np, D]
+        x: *mut f32,        // [batch * heads, np, D]
+        key_mean: *mut f32, // [batch * heads, np, D]
+        r_kept: Tile<f32, { [BM, D] }>,
+        x_kept: Tile<f32, { [BM, D] }>,
+        kbar: Tile<f32, { [BM, D] }>,
+        rows: i32, // batch * heads * np
+        tile: i32,
+        tolerance2: f32,
+        ku: f32,
+        token: Token,
+    ) -> (
+        Tile<f32, { [BM, 16] }>,
+        Tile<f16, { [BM, D] }>,
+        Tile<f16, { [BM, D] }>,
+        Tile<f32, { [BM, D] }>,
+        Tile<f32, { [BM, D] }>,
+        Token,
+    ) {
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
+        let tiny: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
+        let mut lowered: f32 = 9.765625e-4f32;
+        if HIGH == 1i32 {
+            lowered = 0.015625f32;
+        }
+        let ds: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 12i32);
+        let rr: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 8i32);
+        let thr: Tile<f32, { [BM, 1] }> =
+            pick::<BM>(record, 9i32) * broadcast_scalar(tolerance2, const_shape![BM, 1]);
+        let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo) * across::<BM, D>(ds);
+        let coef: Tile<f32, { [BM, 1] }> = ds * broadcast_scalar(ku * ku * lowered, const_shape![BM, 1]);
+        let ad: Tile<f32, { [BM, D] }> =
+            add_scaled::<BM, D>(acc * across::<BM, D>(coef), pick::<BM>(record, 7i32), d);
+        let dad: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(d, ad);
+        let good: Tile<bool, { [BM, 1] }> = gt_tile(rr, zero) & gt_tile(dad, zero);
+        let a: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rr, dad), zero);
+        let r: Tile<f32, { [BM, D] }> =
+            if KEEP == 1i32 { r_kept } else { read_packed::<f32, BM, D>(residual, rows, tile, token) };
+        let r: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, zero - a, ad);
+        let rn: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(r, r);
+        let be: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rn, rr), zero);
+        let ahead: Tile<f32, { [BM, 1] }> = rn * (be + step_change::<BM>(a, pick::<BM>(record, 10i32)));
+        let enough: Tile<bool, { [BM, 1] }> = le_tile(ahead, thr);
+        let more: Tile<bool, { [BM, 1] }> = good & gt_tile(ahead, thr * tiny);
+        let probe: Tile<f32, { [BM, D] }> =
+            if KEEP == 1i32 { x_kept } else { read_packed::<f32, BM, D>(x, rows, tile, token) };
+        let probe: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(probe, a, d);
+        // A row that has nothing more to gain stays as it is: solution, residual and direction no longer change.
+        let good_d: Tile<bool, { [BM, D] }> = good.broadcast(const_shape![BM, D]);
+        let next: Tile<f32, { [BM, D] }> = select(good_d, add_scaled::<BM, D>(r, be, d), d);
+        let kbar: Tile<f32, { [BM, D] }> =
+            if KEEP == 1i32 { kbar } else { read_packed::<f32, BM, D>(key_mean, rows, tile, token) };
+        let mut token: Token = token;
+        let mut r_kept: Tile<f32, { [BM, D] }> = r_kept;
+        let mut x_kept: Tile<f32, { [BM, D] }> = x_kept;
+        if KEEP == 1i32 {
+            r_kept = r;
+            x_kept = probe;
+        } else {
+            token = save_packed::<f32, BM, D>(residual, rows, tile, r, token);
+            token = save_packed::<f32, BM, D>(x, rows, tile, probe, token);
+        }
+        let reached: Tile<f32, { [BM, 1] }> =
+            select(good, select(enough, ahead, rn), pick::<BM>(record, 2i32));
+        let free: Tile<f32, { [BM, 1] }> = select(good, select(enough, a, zero), pick::<BM>(record, 11i32));
+        let energy: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 14i32) + a * rr;
+        let passes: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 15i32) + select(good, one, zero);
+        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 2i32, reached);
+        let record: Tile<f32, { [BM, 16] }> =
+            put::<BM>(record, 4i32, select(good & gt_tile(ahead, thr), one, zero));
+        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 8i32, select(more, rn, zero));
+        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 10i32, a);
+        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 11i32, free);
+        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 14i32, energy);
+        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 15i32, passes);
+        let (record, hi, lo): (Tile<f32, { [BM, 16] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(record, next, kbar, ku);
+        (record, hi, lo, r_kept, x_kept, token)
+    }
+
+    /// Passes and relative residual of every query.
+    pub unsafe fn store_diagnostics<const BM: i32>(
+        record: Tile<f32, { [BM, 16] }>,
+        iterations: *mut i32,
+        relative: *mut f32,
+        at: i64,
+        rows: i32,
+    ) {
+        let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
+        let left: Tile<f32, { [BM, 1] }> = sqrt(
+            pick::<BM>(record, 2i32) / max_tile(pick::<BM>(record, 9i32), least),
+            rounding::NearestEven,
+            ftz::Disabled,
+        );
+        let count: Tile<i32, { [BM, 1] }> = convert_tile(pick::<BM>(record, 15i32));
+        store_column::<i32, BM>(slice::<i32>(iterations, at), rows, count.reshape(const_shape![BM]));
+        store_column::<f32, BM>(slice::<f32>(relative, at), rows, left.reshape(const_shape![BM]));
+    }
+}
