@@ -7,8 +7,8 @@ use crate::describe::Options;
 use crate::raised;
 use crate::tensor::Dtype;
 use flashlla::cuda::{
-    BackwardPointers, DeviceBias, DeviceRidge, DeviceView, ForwardPointers, HIGH_TOLERANCE, PlanOptions, RawStream,
-    STANDARD_TOLERANCE,
+    BackwardPointers, DeviceBias, DeviceRidge, DeviceView, ForwardPointers, HIGH_TOLERANCE, PlanOptions,
+    RawStream, STANDARD_TOLERANCE,
 };
 use flashlla::{Attention, Cuda, Element};
 use pyo3::exceptions::PyTypeError;
@@ -77,7 +77,9 @@ impl Sizes {
 }
 
 fn no_f64<T>() -> PyResult<T> {
-    Err(PyTypeError::new_err("q: float64 is not computed on a GPU; use float32, bfloat16 or float16, or the CPU"))
+    Err(PyTypeError::new_err(
+        "q: float64 is not computed on a GPU; use float32, bfloat16 or float16, or the CPU",
+    ))
 }
 
 /// Calls `$body` with the type that a [`Dtype`] names, `f64` refused.

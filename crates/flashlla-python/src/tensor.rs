@@ -71,7 +71,9 @@ impl FromPyObject<'_, '_> for HostTensor {
     fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let (address, dtype, given, steps): (usize, Dtype, Vec<usize>, Vec<isize>) = object.extract()?;
         if given.len() > 4 || given.len() != steps.len() {
-            return Err(PyValueError::new_err(format!("shape: {given:?} is not allowed; it must have up to 4 axes")));
+            return Err(PyValueError::new_err(format!(
+                "shape: {given:?} is not allowed; it must have up to 4 axes"
+            )));
         }
         let (mut shape, mut strides) = ([1; 4], [0; 4]);
         shape[4 - given.len()..].copy_from_slice(&given);

@@ -51,8 +51,8 @@ def attention(
     held = []  # What addresses lead to must stay alive.
     for argument, array in (("q", q), ("k", k), ("v", v)):
         array = _readable(argument, array)
-        if array.dtype != q.dtype:
-            raise TypeError(f"{argument}: dtype {array.dtype} does not match q's {q.dtype}")
+        if held and array.dtype != held[0].dtype:
+            raise TypeError(f"{argument}: dtype {array.dtype} does not match q's {held[0].dtype}")
         check_axes(argument, array.shape, layout)
         held.append(heads_first(array, layout))
         inputs[argument] = _host(held[-1])

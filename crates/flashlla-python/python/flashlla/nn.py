@@ -122,6 +122,11 @@ class LocalLinearAttention(nn.Module):
         names = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "causal", "window", "ridge", "rope")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """What is done between the projections: `flashlla.attention`, for subclasses to replace."""
+        out: Tensor = attention(q, k, v, **options)
+        return out
+
     def forward(
         self,
         query: Tensor,
@@ -176,7 +181,7 @@ class LocalLinearAttention(nn.Module):
             if padding.dtype == torch.bool:
                 padding = torch.zeros(padding.shape, device=q.device).masked_fill(padding, float("-inf"))
             bias = padding[:, None]
-        out = attention(
+        out = self.attend(
             q,
             k,
             v,

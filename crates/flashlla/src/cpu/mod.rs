@@ -285,6 +285,24 @@ impl Engine for Cpu {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use crate::Attention;
+
+    #[test]
+    fn a_call_ends_when_it_is_told_to() {
+        static STOP: AtomicBool = AtomicBool::new(false);
+        let x: Vec<f32> = (0..200 * 8).map(|i| (i as f32).sin()).collect();
+        let x = View::bnd(&x, [1, 200, 8]).unwrap();
+        let attention = Attention::builder_for(&x, &x, &x).build().unwrap();
+        let problem = attention.problem(x, x, x).unwrap();
+        let cpu = Cpu::new().stopped_by(&STOP);
+        let forward = cpu.forward(&problem).unwrap();
+        assert_eq!(forward, Cpu::new().forward(&problem).unwrap());
+        STOP.store(true, Ordering::Relaxed);
+        assert_eq!(cpu.forward(&problem).unwrap_err(), Error::Interrupted);
+        assert_eq!(cpu.backward(&problem, &forward.state, x).unwrap_err(), Error::Interrupted);
+    }
+
     /// Every instruction set that this machine can run.
     pub fn architectures() -> Vec<pulp::Arch> {
         let mut all = vec![pulp::Arch::Scalar, pulp::Arch::new()];
