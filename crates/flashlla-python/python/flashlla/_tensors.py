@@ -28,7 +28,9 @@ def _check(argument: str, x: Any, like: Tensor) -> None:
 
 def _autocast(device: str) -> torch.dtype | None:
     """The dtype that an enclosing `torch.autocast` asks for."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _number(argument: str, x: Any) -> float:
