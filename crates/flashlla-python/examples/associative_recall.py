@@ -14,11 +14,10 @@ import argparse
 import time
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from flashlla.nn import LocalLinearAttention
 from flashlla.ops.naive import lla_forward_naive
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 PAIRS = 8
 SYMBOLS = 16  # keys, and as many values

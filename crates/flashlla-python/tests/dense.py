@@ -25,9 +25,7 @@ def visible(n: int, m: int, causal=False, window=None, cu_seqlens=None, q_offset
     return seen
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, ridge=10.0, scale=None, bias=None, probe=None, **mask
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, ridge=10.0, scale=None, bias=None, probe=None, **mask) -> Tensor:
     """`q [B, HQ, N, D]`, `k [B, H, M, D]`, `v [B, H, M, DV]`; ridge and bias broadcast to `[B, HQ, N]` and `[B, HQ, M]`."""
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
 

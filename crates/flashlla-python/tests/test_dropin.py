@@ -45,9 +45,7 @@ def test_forward_and_backward_against_the_reference(tokens: int, rtol: float, to
     assert_near(o, want, tolerance, "o")
     grad_o = random(*o.shape, seed=4, dtype=torch.float32)
     o.backward(grad_o)
-    gradients = lla_backward_naive(
-        q.detach(), k.detach(), v.detach(), rho, denom, m, grad_o, scale, 10.0
-    )
+    gradients = lla_backward_naive(q.detach(), k.detach(), v.detach(), rho, denom, m, grad_o, scale, 10.0)
     for name, x, gradient in zip("qkv", (q, k, v), gradients, strict=True):
         assert_near(x.grad, gradient, tolerance, f"d{name}")
     assert omega.shape == (1, tokens, 1) and omega.dtype == torch.float32 and not omega.requires_grad

@@ -15,7 +15,16 @@ def good() -> dict:
 
 
 VALUES = {
-    "ridge": [0.0, -1.0, float("nan"), float("inf"), torch.tensor(0.0), torch.ones(3), torch.ones(2, 4), torch.ones(2, 4, 5)],
+    "ridge": [
+        0.0,
+        -1.0,
+        float("nan"),
+        float("inf"),
+        torch.tensor(0.0),
+        torch.ones(3),
+        torch.ones(2, 4),
+        torch.ones(2, 4, 5),
+    ],
     "scale": [float("nan"), float("inf"), torch.tensor(float("nan")), torch.ones(3), torch.ones(1, 2)],
     "window": [0, -3],
     "max_iters": [0, -1],

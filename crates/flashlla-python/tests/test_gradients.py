@@ -129,9 +129,7 @@ def test_diagnostics() -> None:
     given = flashlla.attention(q, k, v, bias=bias, probe=d.probe)
     assert_near(given, out, 1e-12)
     scale = torch.full((2,), 0.9, dtype=torch.float64)
-    one, many = (
-        flashlla.attention(q, k, v, scale=s, return_diagnostics=True)[1] for s in (0.9, scale)
-    )
+    one, many = (flashlla.attention(q, k, v, scale=s, return_diagnostics=True)[1] for s in (0.9, scale))
     assert_near(many.probe, one.probe, 1e-10)
     assert_near(many.key_mean, one.key_mean, 1e-12)
 

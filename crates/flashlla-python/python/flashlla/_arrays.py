@@ -5,21 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from flashlla import _flashlla
 from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, ridge_axes
+
+Array = npt.NDArray[Any]
 
 # bfloat16 is a dtype of the package ml_dtypes, known by its name.
 _NAMES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
-def _host(array: np.ndarray) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
+def _host(array: Array) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
     size = array.itemsize
     strides = tuple(stride // size for stride in array.strides)
     return (array.__array_interface__["data"][0], _NAMES[array.dtype.name], array.shape, strides)
 
 
-def _readable(argument: str, array: Any) -> np.ndarray:
+def _readable(argument: str, array: Any) -> Array:
     if not isinstance(array, np.ndarray):
         raise TypeError(
             f"{argument}: {type(array).__name__} is not allowed; q, k and v must all be torch.Tensor or all numpy.ndarray"
@@ -30,7 +33,7 @@ def _readable(argument: str, array: Any) -> np.ndarray:
         )
     steps = all(stride % array.itemsize == 0 for stride in array.strides)
     if not (array.dtype.isnative and array.flags.aligned and steps):
-        array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+        return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
     return array
 
 
@@ -46,9 +49,9 @@ def attention(
     options: Options,
     layout: str,
     diagnostics: bool,
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+) -> tuple[Array, tuple[Array, ...]]:
     inputs: dict[str, Any] = {}
-    held = []  # What addresses lead to must stay alive.
+    held: list[Array] = []  # What addresses lead to must stay alive.
     for argument, array in (("q", q), ("k", k), ("v", v)):
         array = _readable(argument, array)
         if held and array.dtype != held[0].dtype:
@@ -70,9 +73,7 @@ def attention(
         options = options._replace(ridge=float(ridge))
     if scale is not None:
         if np.ndim(scale) > 0 and np.size(scale) > 1:
-            raise ValueError(
-                f"scale: shape {list(np.shape(scale))} does not fit; it must be a number for NumPy arrays"
-            )
+            raise ValueError(f"scale: shape {list(np.shape(scale))} does not fit; it must be a number for NumPy arrays")
         options = options._replace(scale=float(np.asarray(scale).reshape(())))
     if bias is not None:
         bias = np.asarray(bias, dtype=sums)
@@ -89,7 +90,7 @@ def attention(
         out = np.empty((b, n, h, dv), q.dtype).swapaxes(1, 2)
     else:
         out = np.empty((b, h, n, dv), q.dtype)
-    rest: tuple[np.ndarray, ...] = ()
+    rest: tuple[Array, ...] = ()
     if diagnostics:
         rest = (
             np.empty((b, h, n), sums),

@@ -1,7 +1,22 @@
 """The extension module: functions on addresses. Private; use what `flashlla` exports."""
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, final
+
+__all__ = [
+    "MAX_HEAD_DIM",
+    "BackwardPlan",
+    "ForwardPlan",
+    "__version__",
+    "cpu_backward",
+    "cpu_forward",
+    "cuda_backward_plan",
+    "cuda_forward_plan",
+    "cuda_info",
+    "get_num_threads",
+    "instruction_set",
+    "set_num_threads",
+]
 
 __version__: str
 MAX_HEAD_DIM: int
@@ -10,7 +25,7 @@ MAX_HEAD_DIM: int
 _Host = tuple[int, str, Sequence[int], Sequence[int]]
 _Strided = tuple[int, Sequence[int]]
 
-class CudaInfo(TypedDict):
+class _CudaInfo(TypedDict):
     name: str
     architecture: str
     driver: int
@@ -37,7 +52,7 @@ def cpu_backward(
     gradients: tuple[_Host, _Host, _Host],
     others: dict[str, _Host | None],
 ) -> float: ...
-def cuda_info(device: int) -> CudaInfo: ...
+def cuda_info(device: int) -> _CudaInfo: ...
 def cuda_forward_plan(
     device: int, dtype: str, out_dtype: str, sizes: dict[str, Any], options: dict[str, Any]
 ) -> ForwardPlan: ...
@@ -45,9 +60,12 @@ def cuda_backward_plan(
     device: int, dtype: str, grad_dtype: str, sizes: dict[str, Any], options: dict[str, Any]
 ) -> BackwardPlan: ...
 
+@final
 class ForwardPlan:
-    scratch_bytes: int
-    state_shape: list[int]
+    @property
+    def scratch_bytes(self) -> int: ...
+    @property
+    def state_shape(self) -> list[int]: ...
     def run(
         self,
         stream: int,
@@ -65,9 +83,12 @@ class ForwardPlan:
         diagnostics: tuple[int, int] | None,
     ) -> None: ...
 
+@final
 class BackwardPlan:
-    scratch_bytes: int
-    state_shape: list[int]
+    @property
+    def scratch_bytes(self) -> int: ...
+    @property
+    def state_shape(self) -> list[int]: ...
     def run(
         self,
         stream: int,

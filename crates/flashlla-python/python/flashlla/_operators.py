@@ -65,16 +65,10 @@ def _forward_outputs(
     )
 
 
-def _backward_outputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ridge: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    probe: Tensor | None,
-    tokens_first: bool,
-) -> tuple[Tensor, ...]:
+def _backward_outputs(tensors: tuple[Any, ...], tokens_first: bool) -> tuple[Tensor, ...]:
+    """Everything that a backward returns, not yet computed; empty where there is nothing to differentiate for."""
+    q, k, v, ridge, scale, bias, probe, _ = tensors
+
     def others(x: Tensor | None) -> Tensor:
         return q.new_empty((0,)) if x is None else x.new_empty(x.shape)
 
@@ -111,10 +105,8 @@ def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward_cpu(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     lse, state = arguments[:2]
     tensors, options = arguments[2:10], Options(*arguments[10:20])
-    q, k, v, ridge, scale, bias, probe, _ = tensors
-    dq, dk, dv, dridge, dscale, dbias, dprobe = _backward_outputs(
-        q, k, v, ridge, scale, bias, probe, arguments[20]
-    )
+    q, _, _, ridge, scale, bias, probe, _ = tensors
+    dq, dk, dv, dridge, dscale, dbias, dprobe = _backward_outputs(tensors, arguments[20])
     # The engine leaves the rest in the type of its sums.
     ridge_sums = None if ridge is None else dridge.to(_sums(q))
     grad = _flashlla.cpu_backward(
@@ -143,7 +135,7 @@ def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_cuda(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    results = _backward_outputs(*arguments[2:9], arguments[20])
+    results = _backward_outputs(arguments[2:10], arguments[20])
     return _cuda.backward(grad_out, arguments[:2], arguments[2:10], arguments[10:20], results)
 
 
@@ -152,7 +144,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _backward_outputs(*arguments[2:9], arguments[20])
+    return _backward_outputs(arguments[2:10], arguments[20])
 
 
 class _Forward(torch.autograd.Function):
@@ -186,7 +178,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.flashlla.backward.default(*arguments)
+            results: tuple[Tensor, ...] = torch.ops.flashlla.backward.default(*arguments)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> None:
@@ -195,10 +188,12 @@ class _Backward(torch.autograd.Function):
 
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, ...]:
     # `save` is set by whoever wants gradients; without it there is nothing to record.
+    results: tuple[Tensor, ...]
     if arguments[20]:
-        return _Forward.apply(*arguments)
+        results = _Forward.apply(*arguments)
+        return results
     with torch._C._AutoDispatchBelowAutograd():
-        results: tuple[Tensor, ...] = torch.ops.flashlla.forward.default(*arguments)
+        results = torch.ops.flashlla.forward.default(*arguments)
     return results
 
 

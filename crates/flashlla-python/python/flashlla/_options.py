@@ -37,9 +37,7 @@ def check_layout(layout: str) -> None:
 
 def check_axes(argument: str, shape: Any, layout: str) -> None:
     if len(shape) != LAYOUTS[layout]:
-        raise ValueError(
-            f"{argument}: shape {list(shape)} does not fit; it must have the axes of layout '{layout}'"
-        )
+        raise ValueError(f"{argument}: shape {list(shape)} does not fit; it must have the axes of layout '{layout}'")
 
 
 def heads_first(x: Any, layout: str) -> Any:

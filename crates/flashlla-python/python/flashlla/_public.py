@@ -109,9 +109,9 @@ def attention(
     (1, 32, 4, 16)
     """
     check_layout(layout)
-    options = Options(
-        10.0, None, causal, window, q_offset, leave_one_out, solver, tolerance, max_iters, precision
-    )
+    options = Options(10.0, None, causal, window, q_offset, leave_one_out, solver, tolerance, max_iters, precision)
+    out: Any
+    rest: tuple[Any, ...]
     if torch is not None and isinstance(q, torch.Tensor):
         out, rest = _tensors.attention(
             q, k, v, ridge, scale, bias, probe, cu_seqlens, options, layout, return_diagnostics

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashlla import _operators
 from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, ridge_axes
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,9 +66,7 @@ def measure(
     """
     place = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
-    q, k, v, grad = (
-        torch.randn(shape, generator=generator).to(place, dtype).requires_grad_(i < 3) for i in range(4)
-    )
+    q, k, v, grad = (torch.randn(shape, generator=generator).to(place, dtype).requires_grad_(i < 3) for i in range(4))
     batch, heads, tokens, dim = shape
     methods: dict[str, Callable[..., Tensor]] = {"flashlla": _lla, "sdpa": _sdpa}
     if causal and batch * heads * tokens * max(tokens, dim * dim) <= _DENSE:
@@ -75,7 +74,7 @@ def measure(
     rows = []
     for name, method in methods.items():
         with torch.no_grad():
-            forward = _median(lambda f=method: f(q, k, v, ridge, causal), place, repeats)
+            forward = _median(partial(method, q, k, v, ridge, causal), place, repeats)
         out = method(q, k, v, ridge, causal)
         weights = grad.detach().reshape(out.shape)
 

@@ -93,7 +93,9 @@ class LocalLinearAttention(nn.Module):
             raise ValueError(f"num_heads: {num_heads} is not allowed; it must be at least 1")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads != 0:
-            raise ValueError(f"num_kv_heads: {kv_heads} is not allowed; it must be a divisor of num_heads ({num_heads})")
+            raise ValueError(
+                f"num_kv_heads: {kv_heads} is not allowed; it must be a divisor of num_heads ({num_heads})"
+            )
         if head_dim is None and embed_dim % num_heads != 0:
             raise ValueError(f"embed_dim: {embed_dim} is not allowed; it must be a multiple of num_heads ({num_heads})")
         width = embed_dim // num_heads if head_dim is None else head_dim

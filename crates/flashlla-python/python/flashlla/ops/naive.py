@@ -41,7 +41,7 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 def _second_moment(p: Tensor, k: Tensor) -> Tensor:
     """Σ_j p_ij k_j k_jᵀ of every block: `(batch, queries, blocks, size, size)`; k is `(batch, keys, blocks, size)`."""
     pairs = k[..., :, None] * k[..., None, :]
-    return (p @ pairs.flatten(2)).unflatten(2, pairs.shape[2:])
+    return (p @ pairs.flatten(2)).reshape(*p.shape[:2], *pairs.shape[2:])
 
 
 def _eye(x: Tensor) -> Tensor:
