@@ -156,7 +156,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, ...] = torch.ops.flashlla.forward.default(*arguments)
+            results: tuple[Tensor, ...] = forward(*arguments)
         ctx.save_for_backward(results[1], results[2], *arguments[:8])
         ctx.options, ctx.tokens_first = arguments[8:18], arguments[19]
         ctx.set_materialize_grads(False)
@@ -167,7 +167,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 22
-        results = torch.ops.flashlla.backward(grad_out, *ctx.saved_tensors, *ctx.options, ctx.tokens_first)
+        results = backward(grad_out, *ctx.saved_tensors, *ctx.options, ctx.tokens_first)
         wanted = zip(results, ctx.needs_input_grad, strict=False)
         return (*(x if needed else None for x, needed in wanted), *(None,) * 15)
 
@@ -178,7 +178,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, ...] = torch.ops.flashlla.backward.default(*arguments)
+            results: tuple[Tensor, ...] = backward(*arguments)
         return results
 
     @staticmethod
@@ -193,7 +193,7 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, ...]:
         results = _Forward.apply(*arguments)
         return results
     with torch._C._AutoDispatchBelowAutograd():
-        results = torch.ops.flashlla.forward.default(*arguments)
+        results = forward(*arguments)
     return results
 
 
@@ -205,3 +205,6 @@ torch.library.register_fake("flashlla::forward", _forward_fake, lib=_library)
 torch.library.register_fake("flashlla::backward", _backward_fake, lib=_library)
 _library.impl("forward", _forward_autograd, "Autograd")
 _library.impl("backward", _Backward.apply, "Autograd")
+
+forward = torch.ops.flashlla.forward.default
+backward = torch.ops.flashlla.backward.default

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlla._operators import forward
 from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, ridge_axes
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +105,7 @@ def attention(
 
     inputs = (q, k, v, ridge, scale, bias, probe)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out, lse, state, solves = torch.ops.flashlla.forward.default(
+    out, lse, state, solves = forward(
         *inputs, cu_seqlens, *options, out_dtype, layout in ("bnhd", "nhd"), save, diagnostics
     )
     rest: tuple[Tensor, ...] = ()
