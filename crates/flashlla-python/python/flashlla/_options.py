@@ -47,7 +47,8 @@ def heads_first(x: Any, layout: str) -> Any:
     if layout == "bnhd":
         return x.swapaxes(1, 2)
     if layout == "bnd":
-        return x.unsqueeze(1) if hasattr(x, "unsqueeze") else x[:, None]
+        b, n, d = x.shape
+        return x.reshape(b, 1, n, d)
     return x[None].swapaxes(1, 2)
 
 

@@ -81,8 +81,10 @@ def attention(
         ridge = _floating("ridge", ridge).to(device)
         ridge = ridge.reshape(() if ridge.shape == (1,) else ridge.shape)
         ridge = ridge.reshape(ridge_axes(ridge.shape))
-    else:
+    elif ridge != options.ridge:
         options, ridge = options._replace(ridge=_number("ridge", ridge)), None
+    else:
+        ridge = None
     if bias is not None:
         bias = _floating("bias", bias).to(device, sums).reshape(bias_axes(bias.shape))
     if probe is not None:
@@ -104,10 +106,22 @@ def attention(
         options, scale = options._replace(scale=_number("scale", scale)), None
 
     inputs = (q, k, v, ridge, scale, bias, probe)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out, lse, state, solves = forward(
-        *inputs, cu_seqlens, *options, out_dtype, layout in ("bnhd", "nhd"), save, diagnostics
+    save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
+    arguments = (
+        *inputs,
+        cu_seqlens,
+        *options,
+        out_dtype,
+        layout in ("bnhd", "nhd"),
+        save,
+        diagnostics,
     )
+    if save or torch.compiler.is_compiling():
+        out, lse, state, solves = forward(*arguments)
+    else:
+        # The same, less the way through what records gradients.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse, state, solves = forward(*arguments)
     rest: tuple[Tensor, ...] = ()
     if diagnostics:
         # On a GPU tokens and dims are padded to whole tiles.
