@@ -57,7 +57,19 @@ TYPES = {
     "scale": ["wide", torch.ones((), dtype=torch.bool)],
     "bias": [torch.ones(7, dtype=torch.bool)],
     "probe": [torch.ones(2, 4, 6, 8, dtype=torch.int64)],
-}
+} | (
+    OPTIONS := {
+        "causal": ["yes", 1, None],
+        "leave_one_out": [0],
+        "window": [2.5, "all", [3]],
+        "q_offset": [0.5, None],
+        "max_iters": [1.5],
+        "tolerance": ["low", [1e-3]],
+        "solver": [None, 3],
+        "precision": [True],
+        "cu_seqlens": [7, [0.0, 7.0], "07", [[0, 7]]],
+    }
+)
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in TYPES.items() for v in values])
@@ -76,6 +88,22 @@ def test_values_with_arrays(name: str, value: object) -> None:
         value = value.numpy()
     arrays = {argument: x.numpy() for argument, x in good().items()}
     with pytest.raises(ValueError, match=rf"^({NAMES.get(name, name)})\b"):
+        flashlla.attention(**(arrays | {name: value}))
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.0, 7.0]), torch.tensor(7), torch.tensor([[0, 7]])])
+def test_sequences_that_are_no_list_of_integers(value: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match="^cu_seqlens"):
+        flashlla.attention(**good(), cu_seqlens=value)
+
+
+OTHERS = {"ridge": ["much", None], "scale": ["wide", True], "bias": ["b", np.ones(7, bool)], "probe": ["p"]}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in (OPTIONS | OTHERS).items() for v in values])
+def test_options_with_arrays(name: str, value: object) -> None:
+    arrays = {argument: x.numpy() for argument, x in good().items()}
+    with pytest.raises(TypeError, match=rf"^{name}\b"):
         flashlla.attention(**(arrays | {name: value}))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashlla import _flashlla
-from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, ridge_axes
+from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, integers, ridge_axes
 
 Array = npt.NDArray[Any]
 
@@ -63,6 +63,11 @@ def attention(
     sums = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
 
     inputs.update(ridge=None, bias=None, probe=None)
+    for argument, x in (("ridge", ridge), ("bias", bias), ("probe", probe)):
+        if x is not None and np.asarray(x).dtype.kind not in "fiu" or x is None and argument == "ridge":
+            raise TypeError(
+                f"{argument}: {type(x).__name__} is not allowed; it must be a number or an array of numbers"
+            )
     if np.ndim(ridge) > 0:
         ridge = np.asarray(ridge, dtype=np.float64)
         if ridge.shape == (1,):
@@ -72,6 +77,8 @@ def attention(
     else:
         options = options._replace(ridge=float(ridge))
     if scale is not None:
+        if np.asarray(scale).dtype.kind not in "fiu":
+            raise TypeError(f"scale: {type(scale).__name__} is not allowed; it must be a number")
         if np.ndim(scale) > 0 and np.size(scale) > 1:
             raise ValueError(f"scale: shape {list(np.shape(scale))} does not fit; it must be a number for NumPy arrays")
         options = options._replace(scale=float(np.asarray(scale).reshape(())))
@@ -83,7 +90,8 @@ def attention(
         check_axes("probe", np.shape(probe), layout)
         held.append(heads_first(np.ascontiguousarray(np.asarray(probe, dtype=sums)), layout))
         inputs["probe"] = _host(held[-1])
-    inputs["options"] = options.given(None, None if cu_seqlens is None else [int(c) for c in cu_seqlens])
+    sequences = None if cu_seqlens is None else integers("cu_seqlens", cu_seqlens)
+    inputs["options"] = options.given(None, sequences)
 
     (b, h, n, d), dv = q.shape, v.shape[3]
     if layout in ("bnhd", "nhd"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 LAYOUTS = {"bhnd": 4, "bnhd": 4, "bnd": 3, "nhd": 3}
@@ -28,6 +29,52 @@ class Options(NamedTuple):
         if scale is not None:
             options["scale"] = scale
         return options
+
+
+def _must_be(kind: str, argument: str, given: Any) -> TypeError:
+    return TypeError(f"{argument}: {type(given).__name__} is not allowed; it must be {kind}")
+
+
+def _integer(argument: str, x: Any) -> int | None:
+    if x is None or type(x) is int:
+        return x
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise _must_be("an integer", argument, x) from None
+
+
+def integers(argument: str, values: Any) -> list[int]:
+    try:
+        return [operator.index(x) for x in values]
+    except TypeError:
+        raise _must_be("a list of integers", argument, values) from None
+
+
+def checked(
+    causal: Any,
+    window: Any,
+    q_offset: Any,
+    leave_one_out: Any,
+    solver: Any,
+    tolerance: Any,
+    max_iters: Any,
+    precision: Any,
+) -> Options:
+    """Options of the right types; whether their values are allowed is for the engine to say."""
+    for argument, x in (("causal", causal), ("leave_one_out", leave_one_out)):
+        if not isinstance(x, bool):
+            raise _must_be("True or False", argument, x)
+    for argument, x in (("solver", solver), ("precision", precision)):
+        if not isinstance(x, str):
+            raise _must_be("a string", argument, x)
+    if tolerance is not None and not isinstance(tolerance, (float, int)):
+        raise _must_be("a number", "tolerance", tolerance)
+    offset = _integer("q_offset", q_offset)
+    if offset is None:
+        raise _must_be("an integer", "q_offset", None)
+    window, max_iters = _integer("window", window), _integer("max_iters", max_iters)
+    return Options(10.0, None, causal, window, offset, leave_one_out, solver, tolerance, max_iters, precision)
 
 
 def check_layout(layout: str) -> None:

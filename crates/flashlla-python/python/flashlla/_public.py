@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from flashlla._options import Options, check_layout
+from flashlla._options import check_layout, checked
 
 try:
     import torch
@@ -109,7 +109,7 @@ def attention(
     (1, 32, 4, 16)
     """
     check_layout(layout)
-    options = Options(10.0, None, causal, window, q_offset, leave_one_out, solver, tolerance, max_iters, precision)
+    options = checked(causal, window, q_offset, leave_one_out, solver, tolerance, max_iters, precision)
     out: Any
     rest: tuple[Any, ...]
     if torch is not None and isinstance(q, torch.Tensor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashlla._operators import forward
-from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, ridge_axes
+from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, integers, ridge_axes
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,8 +90,14 @@ def attention(
     if probe is not None:
         check_axes("probe", probe.shape, layout)
         probe = heads_first(_floating("probe", probe).to(device, sums), layout)
-    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int64)
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.is_floating_point() or cu_seqlens.dim() != 1:
+            raise TypeError(
+                f"cu_seqlens: shape {list(cu_seqlens.shape)} of {cu_seqlens.dtype} is not allowed; "
+                "it must be a list or tensor [sequences + 1] of integers"
+            )
+    elif cu_seqlens is not None:
+        cu_seqlens = torch.tensor(integers("cu_seqlens", cu_seqlens), dtype=torch.int64)
 
     factor = None
     if isinstance(scale, Tensor):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashlla import _tensors
-from flashlla._options import Options, check_axes
+from flashlla._options import check_axes, checked
 
 __all__ = ["LLAFunction", "lla_attention"]
 
@@ -51,7 +51,9 @@ def _call(
         raise ValueError(f"cg_rtol: {cg_rtol} is not allowed; it must be at least 0")
     # |r|² ≤ rtol |δ|². The default and below ask for more than float32 resolves: the engine's own limit then.
     tolerance = min(cg_rtol**0.5, 0.5) if cg_rtol > 1e-12 else None
-    options = Options(10.0, qk_scale, True, None, 0, False, "auto", tolerance, cg_max_iters, "standard")
+    options = checked(True, None, 0, False, "auto", tolerance, cg_max_iters, "standard")
+    if qk_scale is not None:
+        options = options._replace(scale=qk_scale)
     out_dtype = torch.bfloat16 if q.device.type == "cuda" else None
     ridge = _ridge(ridge_lambda, q)
     return _tensors.attention(q, k, v, ridge, None, None, None, None, options, "bnd", lse, out_dtype)
