@@ -77,14 +77,13 @@ def attention(
     q, k, v = heads_first(q, layout), heads_first(k, layout), heads_first(v, layout)
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
 
+    ridge_value, scale_value = options.ridge, options.scale
     if isinstance(ridge, Tensor):
         ridge = _floating("ridge", ridge).to(device)
         ridge = ridge.reshape(() if ridge.shape == (1,) else ridge.shape)
         ridge = ridge.reshape(ridge_axes(ridge.shape))
-    elif ridge != options.ridge:
-        options, ridge = options._replace(ridge=_number("ridge", ridge)), None
     else:
-        ridge = None
+        ridge_value, ridge = _number("ridge", ridge), None
     if bias is not None:
         bias = _floating("bias", bias).to(device, sums).reshape(bias_axes(bias.shape))
     if probe is not None:
@@ -106,17 +105,19 @@ def attention(
             scale = scale.reshape(())
         else:
             out_dtype = q.dtype if out_dtype is None else out_dtype
-            q, k, v, ridge, probe, factor = _rescaled(q, k, v, ridge, probe, scale, options)
+            q, k, v, ridge, probe, factor = _rescaled(q, k, v, ridge_value if ridge is None else ridge, probe, scale)
             scale = None
     elif scale is not None:
-        options, scale = options._replace(scale=_number("scale", scale)), None
+        scale_value, scale = _number("scale", scale), None
 
     inputs = (q, k, v, ridge, scale, bias, probe)
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
     arguments = (
         *inputs,
         cu_seqlens,
-        *options,
+        ridge_value,
+        scale_value,
+        *options[2:],
         out_dtype,
         layout in ("bnhd", "nhd"),
         save,
@@ -142,10 +143,9 @@ def _rescaled(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ridge: Tensor | None,
+    ridge: float | Tensor,
     probe: Tensor | None,
     scale: Tensor,
-    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """A scale per KV head, or one on a GPU, as a call with the default scale.
 
@@ -161,10 +161,8 @@ def _rescaled(
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     ratio = scale.to(q.device, wide).reshape(-1, 1, 1) * q.shape[3] ** 0.5
     grouped = ratio if ratio.shape[0] == 1 else ratio.repeat_interleave(heads // kv_heads, 0)
-    if ridge is None:
-        ridge = torch.full((1, 1, 1), options.ridge, dtype=wide, device=q.device)
-    ridge = ridge.to(wide) * grouped.reshape(1, -1, 1)
+    ridges = grouped.reshape(1, -1, 1) * (ridge.to(wide) if isinstance(ridge, Tensor) else ridge)
     root, k_root = grouped.sqrt(), ratio.sqrt()
     if probe is not None:
         probe = probe / root
-    return q.to(wide) * root, k.to(wide) * k_root, v.to(wide), ridge, probe, root.detach()
+    return q.to(wide) * root, k.to(wide) * k_root, v.to(wide), ridges, probe, root.detach()

@@ -52,11 +52,9 @@ def _call(
     # |r|² ≤ rtol |δ|². The default and below ask for more than float32 resolves: the engine's own limit then.
     tolerance = min(cg_rtol**0.5, 0.5) if cg_rtol > 1e-12 else None
     options = checked(True, None, 0, False, "auto", tolerance, cg_max_iters, "standard")
-    if qk_scale is not None:
-        options = options._replace(scale=qk_scale)
     out_dtype = torch.bfloat16 if q.device.type == "cuda" else None
     ridge = _ridge(ridge_lambda, q)
-    return _tensors.attention(q, k, v, ridge, None, None, None, None, options, "bnd", lse, out_dtype)
+    return _tensors.attention(q, k, v, ridge, qk_scale, None, None, None, options, "bnd", lse, out_dtype)
 
 
 @torch.no_grad()
