@@ -55,8 +55,8 @@ TYPES = {
     "v": [torch.ones(2, 2, 7, 5, dtype=torch.complex64), None],
     "ridge": ["much", None, torch.ones((), dtype=torch.int64)],
     "scale": ["wide", torch.ones((), dtype=torch.bool)],
-    "bias": [torch.ones(7, dtype=torch.bool)],
-    "probe": [torch.ones(2, 4, 6, 8, dtype=torch.int64)],
+    "bias": [torch.ones(7, dtype=torch.bool), [0.0] * 7, 1.0],
+    "probe": [torch.ones(2, 4, 6, 8, dtype=torch.int64), np.ones((2, 4, 6, 8))],
 } | (
     OPTIONS := {
         "causal": ["yes", 1, None],

@@ -14,18 +14,21 @@ import torch
 from conftest import random
 
 
-def test_bits_do_not_depend_on_threads() -> None:
+@pytest.fixture(autouse=True)
+def threads_as_before():
     before = flashlla.get_num_threads()
+    yield
+    flashlla.set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_threads() -> None:
     q, k, v = (random(1, 2, 300, 16, seed=i) for i in range(3))
-    try:
-        results = []
-        for threads in (1, 3):
-            flashlla.set_num_threads(threads)
-            assert flashlla.get_num_threads() == threads
-            results.append(flashlla.attention(q, k, v, causal=True))
-        assert torch.equal(*results)
-    finally:
-        flashlla.set_num_threads(before)
+    results = []
+    for threads in (1, 3):
+        flashlla.set_num_threads(threads)
+        assert flashlla.get_num_threads() == threads
+        results.append(flashlla.attention(q, k, v, causal=True))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 5000])
@@ -36,6 +39,7 @@ def test_wrong_thread_counts(threads: int) -> None:
 
 def test_python_runs_while_a_call_does() -> None:
     # 100 ms and more of work; the other thread wakes every millisecond.
+    flashlla.set_num_threads(2)
     x = random(1, 4, 1500, 64, seed=0)
     inside, wakes = threading.Event(), []
 
@@ -66,10 +70,11 @@ def test_calls_side_by_side() -> None:
     assert len(got) == 6 and all(torch.equal(y, want) for y in got)
 
 
-# Half a minute of work and more for any machine, were it not interrupted.
+# Half a minute of work and more for two threads of any machine, were it not interrupted.
 LONG = """
 import sys, time
 import torch, flashlla
+flashlla.set_num_threads(2)
 x = torch.randn(1, 64, 6000, 64, requires_grad=True)
 weights = torch.ones(1, 64, 6000, 64)
 call = lambda: flashlla.attention(x, x, x, ridge=0.01, solver="direct")

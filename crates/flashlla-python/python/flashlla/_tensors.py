@@ -40,7 +40,9 @@ def _number(argument: str, x: Any) -> float:
         raise TypeError(f"{argument}: {type(x).__name__} is not allowed; it must be a number or a tensor") from None
 
 
-def _floating(argument: str, x: Tensor) -> Tensor:
+def _floating(argument: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{argument}: {type(x).__name__} is not allowed; it must be a torch.Tensor, as q is")
     if not x.is_floating_point():
         raise TypeError(f"{argument}: dtype {x.dtype} is not allowed; it must be a floating-point type")
     return x
@@ -87,8 +89,9 @@ def attention(
     if bias is not None:
         bias = _floating("bias", bias).to(device, sums).reshape(bias_axes(bias.shape))
     if probe is not None:
+        probe = _floating("probe", probe).to(device, sums)
         check_axes("probe", probe.shape, layout)
-        probe = heads_first(_floating("probe", probe).to(device, sums), layout)
+        probe = heads_first(probe, layout)
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.is_floating_point() or cu_seqlens.dim() != 1:
             raise TypeError(
