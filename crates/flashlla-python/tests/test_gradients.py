@@ -101,6 +101,23 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
     assert v.grad is not None and q.grad is None and k.grad is None and ridge.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_scale_per_head_in_half_precision(dtype: torch.dtype) -> None:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs()]
+    scale = positive(2).detach().float().requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (*leaves, scale)]
+    out = flashlla.attention(*leaves, scale=scale, ridge=0.5)
+    want = dense.attention(*exact[:3], scale=exact[3], ridge=0.5)
+    assert out.dtype == dtype
+    assert_near(out, want, 3e-3)
+    weights = random(*out.shape, seed=7, dtype=dtype)
+    mine = torch.autograd.grad(out, (*leaves, scale), weights)
+    theirs = torch.autograd.grad(want, exact, weights.double())
+    for a, b, leaf in zip(mine, theirs, (*leaves, scale), strict=True):
+        assert a.dtype == leaf.dtype
+        assert_near(a, b, 1e-2)
+
+
 def test_a_ridge_in_single_precision_keeps_its_type() -> None:
     q, k, v = inputs(grad=False)
     ridge = torch.ones(4, requires_grad=True)

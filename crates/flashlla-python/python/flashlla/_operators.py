@@ -107,12 +107,14 @@ def _backward_cpu(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, options = arguments[2:10], Options(*arguments[10:20])
     q, _, _, ridge, scale, bias, probe, _ = tensors
     dq, dk, dv, dridge, dscale, dbias, dprobe = _backward_outputs(tensors, arguments[20])
+    # Named, so that it lives while its address is in use.
+    grad_out = grad_out.to(q.dtype)
     # The engine leaves the rest in the type of its sums.
     ridge_sums = None if ridge is None else dridge.to(_sums(q))
     grad = _flashlla.cpu_backward(
         _host_inputs(tensors, options),
         (_host(lse), _host(state[0]), _host(state[1])),
-        _host(grad_out.to(q.dtype)),
+        _host(grad_out),
         (_host(dq), _host(dk), _host(dv)),
         {
             "ridge": _host(ridge_sums),
