@@ -87,10 +87,10 @@ pub struct OtherGradients<A> {
 }
 
 /// Computes [`Problem`]s. Every engine takes and gives the same types; tests hold each against the others.
+///
+/// On an error nothing has been written, except by a call that was [interrupted](crate::Error::Interrupted).
 pub trait Engine {
     /// Computes the outputs into `out [B, HQ, N, DV]`, any storage type and strides, and returns the rest.
-    ///
-    /// On an error nothing has been written.
     fn forward_into<T: Element, O: Element>(
         &self,
         problem: &Problem<T>,
@@ -99,8 +99,6 @@ pub trait Engine {
 
     /// Computes the gradients of `Σ out · grad_out` with respect to q, k and v into views of any storage type and
     /// strides, and returns the others. `state` is what the forward of the same problem returned.
-    ///
-    /// On an error nothing has been written.
     fn backward_into<T: Element, G: Element, O: Element>(
         &self,
         problem: &Problem<T>,

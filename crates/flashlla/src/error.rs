@@ -59,6 +59,9 @@ pub enum Error {
         /// The described strides, in elements.
         strides: Vec<isize>,
     },
+    /// The caller ended the call ([`crate::Cpu::stopped_by`]); its outputs are written in part.
+    #[error("the call was interrupted")]
+    Interrupted,
     /// The GPU, its driver or its kernels cannot be used, or failed.
     #[error("device cuda: {problem}; {remedy}")]
     Cuda {

@@ -26,9 +26,10 @@ pub use simd::SimdReal;
 
 use crate::engine::{check_gradients, check_out};
 use crate::{
-    Element, Engine, OtherGradients, Precision, Problem, Real, Result, State, Tensor, View, ViewMut,
+    Element, Engine, Error, OtherGradients, Precision, Problem, Real, Result, State, Tensor, View, ViewMut,
 };
 use rows::{Inputs, ReadRows, WriteRows};
+use std::sync::atomic::{AtomicBool, Ordering};
 use tasks::{BlockReport, Place, Sinks};
 
 /// Every row of numbers is padded to a multiple of this: whole registers on any instruction set.
@@ -60,6 +61,7 @@ const CACHED_WEIGHTS: usize = 16 << 20;
 #[derive(Debug, Clone, Copy)]
 pub struct Cpu {
     arch: pulp::Arch,
+    stop: Option<&'static AtomicBool>,
 }
 
 impl Default for Cpu {
@@ -71,7 +73,17 @@ impl Default for Cpu {
 impl Cpu {
     /// With the best instruction set that the machine has.
     pub fn new() -> Self {
-        Self { arch: pulp::Arch::new() }
+        Self { arch: pulp::Arch::new(), stop: None }
+    }
+
+    /// Lets another thread end a call: once `flag` is true no further block of queries or tile of keys is begun, and the call
+    /// returns [`Error::Interrupted`] with its outputs written in part. The bits of a call that is not ended are the same.
+    pub fn stopped_by(self, flag: &'static AtomicBool) -> Self {
+        Self { stop: Some(flag), ..self }
+    }
+
+    fn run(&self) -> Run {
+        Run { arch: self.arch, stop: self.stop }
     }
 
     /// The instruction set in use: `"avx512"`, `"avx2+fma"`, `"neon"` or `"plain"`.
@@ -93,6 +105,19 @@ impl Cpu {
     }
 }
 
+/// What every task of a call is told: the instruction set, and whether to go on.
+#[derive(Clone, Copy)]
+struct Run {
+    arch: pulp::Arch,
+    stop: Option<&'static AtomicBool>,
+}
+
+impl Run {
+    fn goes_on(&self) -> bool {
+        !self.stop.is_some_and(|flag| flag.load(Ordering::Relaxed))
+    }
+}
+
 fn padded(n: usize, multiple: usize) -> usize {
     n.next_multiple_of(multiple)
 }
@@ -106,21 +131,21 @@ fn in_f64<T: Element>(problem: &Problem<T>) -> bool {
 macro_rules! compiled {
     ($t:ident, $forward:ident, $backward:ident) => {
         fn $forward(
-            arch: pulp::Arch,
+            run: Run,
             inputs: &Inputs<$t>,
             places: &[Place],
             sinks: &Sinks<$t>,
-        ) -> Vec<BlockReport> {
-            tasks::forward(arch, inputs, places, sinks)
+        ) -> Result<Vec<BlockReport>> {
+            tasks::forward(run, inputs, places, sinks).ok_or(Error::Interrupted)
         }
         fn $backward(
-            arch: pulp::Arch,
+            run: Run,
             inputs: &Inputs<$t>,
             probe: &dyn ReadRows<$t>,
             grad_out: &dyn ReadRows<$t>,
             gradients: [&dyn WriteRows<$t>; 3],
-        ) -> (OtherGradients<$t>, f64) {
-            tasks::backward(arch, inputs, probe, grad_out, gradients)
+        ) -> Result<(OtherGradients<$t>, f64)> {
+            tasks::backward(run, inputs, probe, grad_out, gradients).ok_or(Error::Interrupted)
         }
     };
 }
@@ -207,9 +232,9 @@ impl Engine for Cpu {
         let sinks: Targets<O, T::Acc> =
             Targets { out, lse: lse.view_mut(), key_mean: key_mean.view_mut(), probe: probe.view_mut() };
         let mut blocks = if in_f64(problem) {
-            forward_f64(self.arch, &views.inputs(), &places, &sinks.sinks())
+            forward_f64(self.run(), &views.inputs(), &places, &sinks.sinks())?
         } else {
-            forward_f32(self.arch, &views.inputs(), &places, &sinks.sinks())
+            forward_f32(self.run(), &views.inputs(), &places, &sinks.sinks())?
         };
         if !in_f64(problem) {
             // With few keys and a small λ the probe is about |k̄ − q| / λ, and single precision no longer resolves what it is
@@ -217,7 +242,7 @@ impl Engine for Cpu {
             let (hard, again): (Vec<usize>, Vec<Place>) =
                 (0..).zip(&places).filter(|&(i, _)| is_hard(&blocks[i])).map(|(i, p)| (i, p.clone())).unzip();
             if !again.is_empty() {
-                let done = forward_f64(self.arch, &views.inputs(), &again, &sinks.sinks());
+                let done = forward_f64(self.run(), &views.inputs(), &again, &sinks.sinks())?;
                 for (i, block) in hard.into_iter().zip(done) {
                     let flop = blocks[i].flop + block.flop;
                     blocks[i] = BlockReport { flop, ..block };
@@ -242,17 +267,17 @@ impl Engine for Cpu {
         let gradients: [&ViewMut<O>; 3] = [&dq, &dk, &dv];
         let precise = || {
             let gradients = gradients.map(|view| view as &dyn WriteRows<f64>);
-            rounded_gradients(backward_f64(self.arch, &views.inputs(), &probe, &grad_out, gradients).0)
+            Ok(rounded_gradients(backward_f64(self.run(), &views.inputs(), &probe, &grad_out, gradients)?.0))
         };
         if in_f64(problem) {
-            return Ok(precise());
+            return precise();
         }
         let single = gradients.map(|view| view as &dyn WriteRows<f32>);
-        let (other, largest_logit) = backward_f32(self.arch, &views.inputs(), &probe, &grad_out, single);
+        let (other, largest_logit) = backward_f32(self.run(), &views.inputs(), &probe, &grad_out, single)?;
         if largest_logit <= LARGE_LOGIT {
             return Ok(rounded_gradients(other));
         }
-        let mut again = precise();
+        let mut again: OtherGradients<T::Acc> = precise()?;
         again.diagnostics.flop += other.diagnostics.flop; // The first attempt was work too, as in the forward.
         Ok(again)
     }
@@ -260,6 +285,24 @@ impl Engine for Cpu {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use crate::Attention;
+
+    #[test]
+    fn a_call_ends_when_it_is_told_to() {
+        static STOP: AtomicBool = AtomicBool::new(false);
+        let x: Vec<f32> = (0..200 * 8).map(|i| (i as f32).sin()).collect();
+        let x = View::bnd(&x, [1, 200, 8]).unwrap();
+        let attention = Attention::builder_for(&x, &x, &x).build().unwrap();
+        let problem = attention.problem(x, x, x).unwrap();
+        let cpu = Cpu::new().stopped_by(&STOP);
+        let forward = cpu.forward(&problem).unwrap();
+        assert_eq!(forward, Cpu::new().forward(&problem).unwrap());
+        STOP.store(true, Ordering::Relaxed);
+        assert_eq!(cpu.forward(&problem).unwrap_err(), Error::Interrupted);
+        assert_eq!(cpu.backward(&problem, &forward.state, x).unwrap_err(), Error::Interrupted);
+    }
+
     /// Every instruction set that this machine can run.
     pub fn architectures() -> Vec<pulp::Arch> {
         let mut all = vec![pulp::Arch::Scalar, pulp::Arch::new()];

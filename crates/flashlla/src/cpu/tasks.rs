@@ -3,7 +3,7 @@
 use super::block::{Bias, Buffers};
 use super::pack::{Bad, Head};
 use super::rows::{Inputs, ReadRows, WriteRows};
-use super::{BLOCK, TILE, backward, forward, solve};
+use super::{BLOCK, Run, TILE, backward, forward, solve};
 use crate::{Attention, Diagnostics, OtherGradients, Real, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -115,13 +115,13 @@ pub struct BlockReport {
     pub largest_logit: f64,
 }
 
-/// The blocks named of a forward.
+/// The blocks named of a forward; `None` when it was told to stop.
 pub fn forward<C: Real>(
-    arch: pulp::Arch,
+    run: Run,
     inputs: &Inputs<C>,
     places: &[Place],
     sinks: &Sinks<C>,
-) -> Vec<BlockReport> {
+) -> Option<Vec<BlockReport>> {
     let a = inputs.attention;
     let prepared = Prepared::new(inputs, false);
     let pool = Pool::new();
@@ -129,8 +129,11 @@ pub fn forward<C: Real>(
         .par_iter()
         .with_max_len(1)
         .map(|place| {
+            if !run.goes_on() {
+                return None;
+            }
             let (head, bias) = (prepared.head(a, place), prepared.bias(a, place.batch, place.head));
-            let block = pool.with(|buffers| forward::forward(arch, inputs, head, bias, place, buffers));
+            let block = pool.with(|buffers| forward::forward(run.arch, inputs, head, bias, place, buffers));
             let [out_width, width] = block.widths;
             for (row, i) in place.rows.clone().enumerate() {
                 let (b, h) = (place.batch, place.head);
@@ -142,32 +145,37 @@ pub fn forward<C: Real>(
                     sinks.probe.write(b, h, i, &block.probe[row * width..][..a.head_dim()]);
                 }
             }
-            BlockReport {
+            Some(BlockReport {
                 solved: block.solved,
                 flop: block.flop,
                 reach: block.reach,
                 largest_logit: block.largest_logit,
-            }
+            })
         })
         .collect()
 }
 
-/// All blocks and tiles of a backward. `dq`, `dk` and `dv` are written; the rest comes back, with the largest logit.
+/// All blocks and tiles of a backward. `dq`, `dk` and `dv` are written; the rest comes back, with the largest logit. `None` when
+/// it was told to stop.
 pub fn backward<C: Real>(
-    arch: pulp::Arch,
+    run: Run,
     inputs: &Inputs<C>,
     probe: &dyn ReadRows<C>,
     grad_out: &dyn ReadRows<C>,
     [dq, dk, dv]: [&dyn WriteRows<C>; 3],
-) -> (OtherGradients<C>, f64) {
+) -> Option<(OtherGradients<C>, f64)> {
     let a = inputs.attention;
     let prepared = Prepared::new(inputs, true);
     let pool = Pool::new();
+    let arch = run.arch;
     let call = backward::Call { arch, inputs, probe, grad_out };
-    let blocks: Vec<backward::BlockBackward<C>> = places(a)
+    let blocks: Option<Vec<backward::BlockBackward<C>>> = places(a)
         .par_iter()
         .with_max_len(1)
         .map(|place| {
+            if !run.goes_on() {
+                return None;
+            }
             let (head, bias) = (prepared.head(a, place), prepared.bias(a, place.batch, place.head));
             let mut block = pool.with(|buffers| backward::rows(&call, head, bias, place, buffers));
             for (row, i) in place.rows.clone().enumerate() {
@@ -177,9 +185,10 @@ pub fn backward<C: Real>(
                 };
             }
             block.dq = vec![]; // Blocks stay until the second pass is done; this is done with.
-            block
+            Some(block)
         })
         .collect();
+    let blocks = blocks?;
 
     // The blocks of each batch and query head, one after another.
     let per_head = a.queries().div_ceil(BLOCK);
@@ -195,10 +204,13 @@ pub fn backward<C: Real>(
             backward::spoilt(a.keys(), hidden, &blocks[n * per_head..][..per_head])
         })
         .collect();
-    let tile_results: Vec<(Vec<Vec<C>>, u64)> = (0..key_heads * tiles)
+    let tile_results: Option<Vec<(Vec<Vec<C>>, u64)>> = (0..key_heads * tiles)
         .into_par_iter()
         .with_max_len(1)
         .map(|task| {
+            if !run.goes_on() {
+                return None;
+            }
             let (n, t) = (task / tiles, task % tiles);
             let (b, h) = (n / a.kv_heads(), n % a.kv_heads());
             let head = &prepared.heads[n];
@@ -226,9 +238,10 @@ pub fn backward<C: Real>(
                     dv.write(b, h, j, dv_row);
                 }
             }
-            (tile.dbias, tile.flop)
+            Some((tile.dbias, tile.flop))
         })
         .collect();
+    let tile_results = tile_results?;
 
     // Sums over rows and heads, in order.
     let mut dridge = vec![C::ZERO; a.ridge().values().len()];
@@ -264,10 +277,10 @@ pub fn backward<C: Real>(
     let largest_logit = blocks.iter().map(|block| block.largest_logit).fold(0.0, f64::max);
     let mut diagnostics = gathered(blocks.into_iter().map(|block| (block.solved, 0)));
     diagnostics.flop = flop;
-    (
+    Some((
         OtherGradients { dridge: Tensor::new(dridge, a.ridge().shape()), dscale, dbias, dprobe, diagnostics },
         largest_logit,
-    )
+    ))
 }
 
 /// The reports of all blocks, in the order of the outputs.

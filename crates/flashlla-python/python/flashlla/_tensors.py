@@ -1,0 +1,171 @@
+"""The operator on PyTorch tensors: checks, layouts, autocast; the work is done by the operators of `_operators`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlla._operators import forward
+from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, integers, ridge_axes
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(argument: str, x: Any, like: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{argument}: {type(x).__name__} is not allowed; q, k and v must all be torch.Tensor or all numpy.ndarray"
+        )
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{argument}: dtype {x.dtype} is not allowed; it must be float64, float32, bfloat16 or float16")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{argument}: dtype {x.dtype} does not match q's {like.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{argument}: device {x.device} does not match q's {like.device}")
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The dtype that an enclosing `torch.autocast` asks for."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _number(argument: str, x: Any) -> float:
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument}: {type(x).__name__} is not allowed; it must be a number or a tensor") from None
+
+
+def _floating(argument: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{argument}: {type(x).__name__} is not allowed; it must be a torch.Tensor, as q is")
+    if not x.is_floating_point():
+        raise TypeError(f"{argument}: dtype {x.dtype} is not allowed; it must be a floating-point type")
+    return x
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ridge: Any,
+    scale: Any,
+    bias: Any,
+    probe: Any,
+    cu_seqlens: Any,
+    options: Options,
+    layout: str,
+    diagnostics: bool,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    device = q.device
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"q: device {device} is not allowed; it must be cpu or cuda")
+    dtype = _autocast(device.type)
+    if dtype is not None and q.dtype != torch.float64:
+        q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
+    _check("q", q, q)
+    _check("k", k, q)
+    _check("v", v, q)
+    if device.type == "cuda" and q.dtype == torch.float64:
+        raise TypeError("q: float64 is not computed on a GPU; use float32, bfloat16 or float16, or the CPU")
+    check_axes("q", q.shape, layout)
+    check_axes("k", k.shape, layout)
+    check_axes("v", v.shape, layout)
+    q, k, v = heads_first(q, layout), heads_first(k, layout), heads_first(v, layout)
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    ridge_value, scale_value = options.ridge, options.scale
+    if isinstance(ridge, Tensor):
+        ridge = _floating("ridge", ridge).to(device)
+        ridge = ridge.reshape(() if ridge.shape == (1,) else ridge.shape)
+        ridge = ridge.reshape(ridge_axes(ridge.shape))
+    else:
+        ridge_value, ridge = _number("ridge", ridge), None
+    if bias is not None:
+        bias = _floating("bias", bias).to(device, sums).reshape(bias_axes(bias.shape))
+    if probe is not None:
+        probe = _floating("probe", probe).to(device, sums)
+        check_axes("probe", probe.shape, layout)
+        probe = heads_first(probe, layout)
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.is_floating_point() or cu_seqlens.dim() != 1:
+            raise TypeError(
+                f"cu_seqlens: shape {list(cu_seqlens.shape)} of {cu_seqlens.dtype} is not allowed; "
+                "it must be a list or tensor [sequences + 1] of integers"
+            )
+    elif cu_seqlens is not None:
+        cu_seqlens = torch.tensor(integers("cu_seqlens", cu_seqlens), dtype=torch.int64)
+
+    factor = None
+    if isinstance(scale, Tensor):
+        _floating("scale", scale)
+        if scale.numel() == 1 and device.type == "cpu":
+            scale = scale.reshape(())
+        else:
+            out_dtype = q.dtype if out_dtype is None else out_dtype
+            q, k, v, ridge, probe, factor = _rescaled(q, k, v, ridge_value if ridge is None else ridge, probe, scale)
+            scale = None
+    elif scale is not None:
+        scale_value, scale = _number("scale", scale), None
+
+    inputs = (q, k, v, ridge, scale, bias, probe)
+    save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
+    arguments = (
+        *inputs,
+        cu_seqlens,
+        ridge_value,
+        scale_value,
+        *options[2:],
+        out_dtype,
+        layout in ("bnhd", "nhd"),
+        save,
+        diagnostics,
+    )
+    if save or torch.compiler.is_compiling():
+        out, lse, state, solves = forward(*arguments)
+    else:
+        # The same, less the way through what records gradients.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse, state, solves = forward(*arguments)
+    rest: tuple[Tensor, ...] = ()
+    if diagnostics:
+        # On a GPU tokens and dims are padded to whole tiles.
+        key_mean, used = state[:, :, :, : q.shape[2], : q.shape[3]]
+        if factor is not None:
+            key_mean, used = key_mean / factor, used * factor
+        rest = (lse, key_mean, used, solves[1].view(torch.int32), solves[0])
+    return as_laid_out(out, layout), rest
+
+
+def _rescaled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ridge: float | Tensor,
+    probe: Tensor | None,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """A scale per KV head, or one on a GPU, as a call with the default scale.
+
+    Queries and keys times `a` with the default scale s have the logits of scale s·a², and with ridges times `a²` the same fit:
+    the probe is divided by `a` where it meets keys that are multiplied with it. Nothing is read back from a GPU. Half
+    precision would round `a·q` and `a·k` once more, so they become float32.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if scale.dim() > 1 or scale.numel() not in (1, kv_heads):
+        raise ValueError(
+            f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{kv_heads}] (KV heads)"
+        )
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    ratio = scale.to(q.device, wide).reshape(-1, 1, 1) * q.shape[3] ** 0.5
+    grouped = ratio if ratio.shape[0] == 1 else ratio.repeat_interleave(heads // kv_heads, 0)
+    ridges = grouped.reshape(1, -1, 1) * (ridge.to(wide) if isinstance(ridge, Tensor) else ridge)
+    root, k_root = grouped.sqrt(), ratio.sqrt()
+    if probe is not None:
+        probe = probe / root
+    return q.to(wide) * root, k.to(wide) * k_root, v.to(wide), ridges, probe, root.detach()

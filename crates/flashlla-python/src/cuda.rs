@@ -1,0 +1,295 @@
+//! Forward and backward in the memory of an NVIDIA GPU, in the caller's stream.
+//!
+//! Plans are kept by the Python side, which knows when two calls are alike; running one parses two dozen integers, releases
+//! Python's lock and launches.
+
+use crate::describe::Options;
+use crate::raised;
+use crate::tensor::Dtype;
+use flashlla::cuda::{
+    BackwardPointers, DeviceBias, DeviceRidge, DeviceView, ForwardPointers, HIGH_TOLERANCE, PlanOptions,
+    RawStream, STANDARD_TOLERANCE,
+};
+use flashlla::{Attention, Cuda, Element};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+/// The engines that were opened, by the number of the GPU.
+static ENGINES: Mutex<Option<HashMap<usize, Cuda>>> = Mutex::new(None);
+
+fn engine(device: usize) -> PyResult<Cuda> {
+    let mut engines = ENGINES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let engines = engines.get_or_insert_default();
+    if let Some(engine) = engines.get(&device) {
+        return Ok(engine.clone());
+    }
+    let engine = Cuda::on(device).map_err(raised)?;
+    engines.insert(device, engine.clone());
+    Ok(engine)
+}
+
+/// What is known of GPU number `device` and the kernels for it.
+#[pyfunction]
+pub fn cuda_info(py: Python<'_>, device: usize) -> PyResult<Bound<'_, PyDict>> {
+    let engine = py.detach(|| engine(device))?;
+    let kernels = &engine.bundle().index().kernels;
+    let fitting = kernels.iter().filter(|k| k.entry == "lla_solve" && k.arch == engine.architecture());
+    let mut head_dims: Vec<usize> = fitting.map(|k| k.head_dim).collect();
+    head_dims.sort_unstable();
+    head_dims.dedup();
+    let info = PyDict::new(py);
+    info.set_item("name", engine.name())?;
+    info.set_item("architecture", engine.architecture())?;
+    info.set_item("driver", engine.driver_version())?;
+    info.set_item("kernels", engine.bundle().origin())?;
+    info.set_item("architectures", engine.bundle().architectures())?;
+    info.set_item("head_dims", head_dims)?;
+    Ok(info)
+}
+
+/// The sizes of a call, and whether a bias and a probe come with it.
+#[derive(FromPyObject)]
+pub struct Sizes {
+    #[pyo3(item)]
+    q: [usize; 4],
+    #[pyo3(item)]
+    k: [usize; 4],
+    #[pyo3(item)]
+    v: [usize; 4],
+    #[pyo3(item)]
+    bias: bool,
+    #[pyo3(item)]
+    probe: bool,
+}
+
+impl Sizes {
+    fn attention(&self, options: &Options) -> PyResult<Attention> {
+        let resolution = if options.high() { HIGH_TOLERANCE } else { STANDARD_TOLERANCE };
+        options.attention(self.q, self.k, self.v, None, resolution)
+    }
+
+    fn has(&self) -> PlanOptions {
+        PlanOptions { bias: self.bias, probe: self.probe }
+    }
+}
+
+fn no_f64<T>() -> PyResult<T> {
+    Err(PyTypeError::new_err(
+        "q: float64 is not computed on a GPU; use float32, bfloat16 or float16, or the CPU",
+    ))
+}
+
+/// Calls `$body` with the type that a [`Dtype`] names, `f64` refused.
+macro_rules! with_gpu_type {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            Dtype::F64 => no_f64(),
+            Dtype::F32 => {
+                type $t = f32;
+                $body
+            }
+            Dtype::Bf16 => {
+                type $t = flashlla::bf16;
+                $body
+            }
+            Dtype::F16 => {
+                type $t = flashlla::f16;
+                $body
+            }
+        }
+    };
+}
+
+/// `(address, strides of batch, head and token)`.
+#[derive(FromPyObject)]
+pub struct Strided(u64, [i64; 3]);
+
+impl From<Strided> for DeviceView {
+    fn from(Strided(ptr, strides): Strided) -> Self {
+        Self { ptr, strides }
+    }
+}
+
+/// `(address, strides of batch and query head)`.
+#[derive(FromPyObject)]
+pub struct Bias(u64, [i32; 2]);
+
+/// `(address, strides of batch, query head and query)`.
+#[derive(FromPyObject)]
+pub struct Ridges(u64, [i32; 3]);
+
+fn device_bias(bias: Option<Bias>) -> Option<DeviceBias> {
+    bias.map(|Bias(ptr, strides)| DeviceBias { ptr, strides })
+}
+
+fn device_ridge(ridge: Option<Ridges>) -> Option<DeviceRidge> {
+    ridge.map(|Ridges(ptr, strides)| DeviceRidge { ptr, strides })
+}
+
+/// A forward made ready.
+#[pyclass(frozen, module = "flashlla._flashlla")]
+pub struct ForwardPlan {
+    plan: flashlla::cuda::ForwardPlan,
+    /// Bytes of scratch that a run needs.
+    #[pyo3(get)]
+    scratch_bytes: usize,
+    /// The shape of key_mean and probes on the device.
+    #[pyo3(get)]
+    state_shape: [usize; 4],
+}
+
+/// Makes a forward ready: inputs in `dtype`, outputs in `out_dtype`.
+#[pyfunction]
+pub fn cuda_forward_plan(
+    py: Python<'_>,
+    device: usize,
+    dtype: Dtype,
+    out_dtype: Dtype,
+    sizes: Sizes,
+    options: Options,
+) -> PyResult<ForwardPlan> {
+    fn make<T: Element, O: Element>(
+        cuda: &Cuda,
+        attention: &Attention,
+        has: PlanOptions,
+    ) -> PyResult<flashlla::cuda::ForwardPlan> {
+        cuda.forward_plan::<T, O>(attention, has).map_err(raised)
+    }
+    let attention = sizes.attention(&options)?;
+    let plan = py.detach(|| {
+        let cuda = engine(device)?;
+        with_gpu_type!(dtype, T => with_gpu_type!(out_dtype, O => make::<T, O>(&cuda, &attention, sizes.has())))
+    })?;
+    let (scratch_bytes, state_shape) = (plan.scratch_bytes(), plan.state_shape());
+    Ok(ForwardPlan { plan, scratch_bytes, state_shape })
+}
+
+#[pymethods]
+impl ForwardPlan {
+    /// Puts the forward into `stream`. Addresses are of device memory; see the Rust library's `ForwardPointers`.
+    #[allow(clippy::too_many_arguments)]
+    fn run(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        scratch: u64,
+        q: Strided,
+        k: Strided,
+        v: Strided,
+        out: Strided,
+        bias: Option<Bias>,
+        ridge: Option<Ridges>,
+        probe: Option<u64>,
+        lse: Option<u64>,
+        key_mean: Option<u64>,
+        probe_out: Option<u64>,
+        diagnostics: Option<[u64; 2]>,
+    ) -> PyResult<()> {
+        let pointers = ForwardPointers {
+            q: q.into(),
+            k: k.into(),
+            v: v.into(),
+            out: out.into(),
+            bias: device_bias(bias),
+            ridge: device_ridge(ridge),
+            probe,
+            lse,
+            key_mean,
+            probe_out,
+            diagnostics,
+        };
+        // SAFETY: Python vouches for its tensors: of this GPU, as large as described, valid in the order of the stream.
+        py.detach(|| unsafe { self.plan.run(stream as RawStream, &pointers, Some(scratch)) }).map_err(raised)
+    }
+}
+
+/// A backward made ready.
+#[pyclass(frozen, module = "flashlla._flashlla")]
+pub struct BackwardPlan {
+    plan: flashlla::cuda::BackwardPlan,
+    /// Bytes of scratch that a run needs.
+    #[pyo3(get)]
+    scratch_bytes: usize,
+    /// The shape of key_mean, probes and covariances on the device.
+    #[pyo3(get)]
+    state_shape: [usize; 4],
+}
+
+/// Makes a backward ready: inputs and the gradients of q, k and v in `dtype`, the gradient of the outputs in `grad_dtype`.
+#[pyfunction]
+pub fn cuda_backward_plan(
+    py: Python<'_>,
+    device: usize,
+    dtype: Dtype,
+    grad_dtype: Dtype,
+    sizes: Sizes,
+    options: Options,
+) -> PyResult<BackwardPlan> {
+    fn make<T: Element, G: Element>(
+        cuda: &Cuda,
+        attention: &Attention,
+        has: PlanOptions,
+    ) -> PyResult<flashlla::cuda::BackwardPlan> {
+        cuda.backward_plan::<T, G, T>(attention, has).map_err(raised)
+    }
+    let attention = sizes.attention(&options)?;
+    let plan = py.detach(|| {
+        let cuda = engine(device)?;
+        with_gpu_type!(dtype, T => with_gpu_type!(grad_dtype, G => make::<T, G>(&cuda, &attention, sizes.has())))
+    })?;
+    let (scratch_bytes, state_shape) = (plan.scratch_bytes(), plan.state_shape());
+    Ok(BackwardPlan { plan, scratch_bytes, state_shape })
+}
+
+#[pymethods]
+impl BackwardPlan {
+    /// Puts the backward into `stream`; see the Rust library's `BackwardPointers`.
+    #[allow(clippy::too_many_arguments)]
+    fn run(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        scratch: u64,
+        q: Strided,
+        k: Strided,
+        v: Strided,
+        bias: Option<Bias>,
+        ridge: Option<Ridges>,
+        grad_out: Strided,
+        lse: u64,
+        key_mean: u64,
+        probe: u64,
+        dq: Strided,
+        dk: Strided,
+        dv: Strided,
+        dridge: u64,
+        dscale: u64,
+        dbias: Option<u64>,
+        covariance: Option<u64>,
+    ) -> PyResult<()> {
+        let pointers = BackwardPointers {
+            q: q.into(),
+            k: k.into(),
+            v: v.into(),
+            bias: device_bias(bias),
+            ridge: device_ridge(ridge),
+            grad_out: grad_out.into(),
+            lse,
+            key_mean,
+            probe,
+            dq: dq.into(),
+            dk: dk.into(),
+            dv: dv.into(),
+            dridge,
+            dscale,
+            dbias,
+            covariance,
+            diagnostics: None,
+        };
+        // SAFETY: as in the forward.
+        py.detach(|| unsafe { self.plan.run(stream as RawStream, &pointers, Some(scratch)) }).map_err(raised)
+    }
+}
