@@ -141,27 +141,26 @@ pub struct ForwardPlan {
     state_shape: [usize; 4],
 }
 
-/// Makes a forward ready: inputs in `dtype`, outputs in `out_dtype`.
+/// Makes a forward ready: inputs and outputs in `dtype`.
 #[pyfunction]
 pub fn cuda_forward_plan(
     py: Python<'_>,
     device: usize,
     dtype: Dtype,
-    out_dtype: Dtype,
     sizes: Sizes,
     options: Options,
 ) -> PyResult<ForwardPlan> {
-    fn make<T: Element, O: Element>(
+    fn make<T: Element>(
         cuda: &Cuda,
         attention: &Attention,
         has: PlanOptions,
     ) -> PyResult<flashlla::cuda::ForwardPlan> {
-        cuda.forward_plan::<T, O>(attention, has).map_err(raised)
+        cuda.forward_plan::<T>(attention, has).map_err(raised)
     }
     let attention = sizes.attention(&options)?;
     let plan = py.detach(|| {
         let cuda = engine(device)?;
-        with_gpu_type!(dtype, T => with_gpu_type!(out_dtype, O => make::<T, O>(&cuda, &attention, sizes.has())))
+        with_gpu_type!(dtype, T => make::<T>(&cuda, &attention, sizes.has()))
     })?;
     let (scratch_bytes, state_shape) = (plan.scratch_bytes(), plan.state_shape());
     Ok(ForwardPlan { plan, scratch_bytes, state_shape })

@@ -44,8 +44,8 @@ def made(monkeypatch):
     calls = SimpleNamespace(forward=Plan(FORWARD), backward=Plan(BACKWARD), made=[])
 
     def maker(plan):
-        def make(device, dtype, other, sizes, options):
-            calls.made.append((device, dtype, other, sizes, options))
+        def make(device, *dtypes_sizes_options):
+            calls.made.append((device, *dtypes_sizes_options))
             return plan
 
         return make
@@ -90,8 +90,8 @@ def test_plain_forward(made) -> None:
     for _ in range(3):
         _cuda.forward(inputs, OPTIONS, out)
     assert len(made.made) == 1, "plans are kept"
-    device, dtype, other, sizes, options = made.made[0]
-    assert (dtype, other) == ("bf16", "bf16")
+    _, dtype, sizes, options = made.made[0]
+    assert dtype == "bf16"
     assert sizes == {"q": (B, HQ, N, D), "k": (B, H, M, D), "v": (B, H, M, DV), "bias": False, "probe": False}
     assert options["ridge"] == 2.0 and options["causal"] is True and options["cu_seqlens"] is None
     given = made.forward.runs[-1]
@@ -118,7 +118,7 @@ def test_forward_with_everything(made) -> None:
     out = results(inputs, True, True)
     _cuda.forward(inputs, OPTIONS, out)
     given = made.forward.runs[-1]
-    assert made.made[0][4]["cu_seqlens"] == [0, 3, M] and made.made[0][3]["bias"] is True
+    assert made.made[0][3]["cu_seqlens"] == [0, 3, M] and made.made[0][2]["bias"] is True
     assert given["ridge"][1] == (0, 1, 0) and (seen["ridge"] == 3).all()
     assert given["bias"][1] == (0, M)  # One row for every query head.
     assert torch.equal(seen["bias"], inputs[5].reshape(H, M).repeat_interleave(2, 0))

@@ -36,7 +36,7 @@ def _plan(
     make: Any,
     device: int,
     dtype: torch.dtype,
-    other_dtype: torch.dtype,
+    others: tuple[torch.dtype, ...],
     q: tuple[int, ...],
     k: tuple[int, ...],
     v: tuple[int, ...],
@@ -47,16 +47,16 @@ def _plan(
 ) -> Any:
     sizes = {"q": q, "k": k, "v": v, "bias": bias, "probe": probe}
     given = Options(*options).given(None, None if sequences is None else list(sequences))
-    return make(device, _NAMES[dtype], _NAMES[other_dtype], sizes, given)
+    return make(device, _NAMES[dtype], *(_NAMES[other] for other in others), sizes, given)
 
 
-def _planned(make: Any, other_dtype: torch.dtype, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+def _planned(make: Any, others: tuple[torch.dtype, ...], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     q, k, v, _, _, bias, probe, cu_seqlens = tensors
     # Reads device memory, and so waits, only if the sequences are there.
     sequences = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
     has = (bias is not None, probe is not None)
-    return _plan(make, q.device.index, q.dtype, other_dtype, *shapes, *has, sequences, options)
+    return _plan(make, q.device.index, q.dtype, others, *shapes, *has, sequences, options)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -126,8 +126,10 @@ def forward(tensors: tuple[Any, ...], options: tuple[Any, ...], results: tuple[T
     q, k, v, ridge, _, bias, probe, _ = tensors
     out, lse, state, solves = results
     _check_shapes(tensors)
-    plan = _planned(_flashlla.cuda_forward_plan, out.dtype, tensors, options)
+    plan = _planned(_flashlla.cuda_forward_plan, (), tensors, options)
     q, k, v = _rows(q), _rows(k), _rows(v)
+    # The kernels write the type that they read.
+    written = out if out.dtype == q.dtype else torch.empty_like(out, dtype=q.dtype)
     bias, bias_at = _bias(bias, q, k)
     ridge, ridge_at = _ridge(ridge, q)
     scratch = q.new_empty((plan.scratch_bytes,), dtype=torch.uint8)
@@ -148,7 +150,7 @@ def forward(tensors: tuple[Any, ...], options: tuple[Any, ...], results: tuple[T
         _view(q),
         _view(k),
         _view(v),
-        _view(out),
+        _view(written),
         bias_at,
         ridge_at,
         given,
@@ -157,6 +159,8 @@ def forward(tensors: tuple[Any, ...], options: tuple[Any, ...], results: tuple[T
         used,
         diagnostics,
     )
+    if written is not out:
+        out.copy_(written)
 
 
 def backward(
@@ -171,7 +175,7 @@ def backward(
     dq, dk, dv, dridge, dscale, dbias, dprobe = results
     lse, rows_state = state
     key_mean, used = rows_state.data_ptr(), rows_state.data_ptr() + 2 * rows_state.numel()
-    plan = _planned(_flashlla.cuda_backward_plan, grad_out.dtype, tensors, options)
+    plan = _planned(_flashlla.cuda_backward_plan, (grad_out.dtype,), tensors, options)
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     rows, bias_at = _bias(bias, q, k)
     float_ridge, ridge_at = _ridge(ridge, q)
