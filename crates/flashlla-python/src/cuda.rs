@@ -36,7 +36,7 @@ fn engine(device: usize) -> PyResult<Cuda> {
 pub fn cuda_info(py: Python<'_>, device: usize) -> PyResult<Bound<'_, PyDict>> {
     let engine = py.detach(|| engine(device))?;
     let kernels = &engine.bundle().index().kernels;
-    let fitting = kernels.iter().filter(|k| k.entry == "lla_solve" && k.arch == engine.architecture());
+    let fitting = kernels.iter().filter(|k| k.entry == "lla_forward" && k.arch == engine.architecture());
     let mut head_dims: Vec<usize> = fitting.map(|k| k.head_dim).collect();
     head_dims.sort_unstable();
     head_dims.dedup();

@@ -50,7 +50,7 @@ fn parse(bytes: &[u8]) -> Result<Bundle, Error> {
 fn bundles_give_back_what_was_packed() {
     let cubins: Vec<u8> = (0..100_000).map(|i| (i / 7) as u8).collect();
     let kernels =
-        vec![kernel("lla_solve", "sm_90", 0..70_000), kernel("lla_range", "sm_90", 70_000..100_000)];
+        vec![kernel("lla_forward", "sm_90", 0..70_000), kernel("lla_range", "sm_90", 70_000..100_000)];
     let bundle = parse(&pack(&index(kernels.clone()), &cubins)).unwrap();
     assert_eq!(bundle.index(), &index(kernels.clone()));
     assert_eq!(bundle.cubin(&kernels[0]), &cubins[..70_000]);
@@ -60,7 +60,7 @@ fn bundles_give_back_what_was_packed() {
 /// The index as `cargo xtask kernels` writes it.
 #[test]
 fn the_index_reads_as_it_is_written() {
-    let json = br#"{"toolchain": "13.5.37", "kernels": [{"name": "lla_solve_m64_n32_d128_h1_b0_a0", "entry": "lla_solve",
+    let json = br#"{"toolchain": "13.5.37", "kernels": [{"name": "lla_forward_m64_n32_d128_h1_b0_a0", "entry": "lla_forward",
         "arch": "sm_90", "dtype": "", "bm": 64, "bn": 32, "d": 128, "high": true, "bias": false, "aligned": false,
         "registers": 200, "stack": 8, "shared": 65536, "offset": 2, "size": 3}]}"#;
     let plain = [MAGIC.as_slice(), &(json.len() as u32).to_le_bytes(), json, b"abcdef"].concat();
@@ -74,7 +74,7 @@ fn the_index_reads_as_it_is_written() {
 #[test]
 fn an_architecture_runs_its_own_cubins_and_before_9_those_of_earlier_minor_versions() {
     let of = |archs: &[&str]| {
-        let kernels: Vec<Kernel> = archs.iter().map(|arch| kernel("lla_solve", arch, 0..1)).collect();
+        let kernels: Vec<Kernel> = archs.iter().map(|arch| kernel("lla_forward", arch, 0..1)).collect();
         parse(&pack(&index(kernels), &[1])).unwrap()
     };
     let bundle = of(&["sm_90", "sm_80", "sm_120", "sm_80"]);
@@ -89,11 +89,11 @@ fn an_architecture_runs_its_own_cubins_and_before_9_those_of_earlier_minor_versi
 #[test]
 fn broken_bundles_are_refused_in_one_line() {
     let cubin: Vec<u8> = (0..5000u32).map(|i| (i * i / 3) as u8).collect();
-    let good = pack(&index(vec![kernel("lla_solve", "sm_90", 0..5000)]), &cubin);
+    let good = pack(&index(vec![kernel("lla_forward", "sm_90", 0..5000)]), &cubin);
     assert!(parse(&good).is_ok());
     let with_index =
         |json: &[u8]| frame(&[MAGIC.as_slice(), &(json.len() as u32).to_le_bytes(), json].concat());
-    let hollow = Kernel { block_queries: 0, ..kernel("lla_solve", "sm_90", 0..1) };
+    let hollow = Kernel { block_queries: 0, ..kernel("lla_forward", "sm_90", 0..1) };
     let cases = [
         (vec![], "no bundle"),
         (b"PK\x03\x04 something else".to_vec(), "no bundle"),
@@ -105,10 +105,10 @@ fn broken_bundles_are_refused_in_one_line() {
         (with_index(b"]["), "does not read"),
         (good[..good.len() / 2].to_vec(), "does not unpack"),
         (
-            pack(&index(vec![kernel("lla_solve", "sm_90", 0..5001)]), &cubin),
-            "cubin of lla_solve_sm_90 is cut short",
+            pack(&index(vec![kernel("lla_forward", "sm_90", 0..5001)]), &cubin),
+            "cubin of lla_forward_sm_90 is cut short",
         ),
-        (pack(&index(vec![kernel("lla_solve", "sm_90", usize::MAX - 1..usize::MAX)]), &cubin), "cut short"),
+        (pack(&index(vec![kernel("lla_forward", "sm_90", usize::MAX - 1..usize::MAX)]), &cubin), "cut short"),
         (pack(&index(vec![hollow]), &cubin), "tiles of no size"),
     ];
     for (bytes, expected) in cases {
@@ -134,7 +134,7 @@ fn a_bundle_that_cannot_be_read_is_named() {
 fn engines_say_what_they_lack() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("other.kernels");
-    let bundle = pack(&index(vec![kernel("lla_solve", "sm_10", 0..1)]), &[1]);
+    let bundle = pack(&index(vec![kernel("lla_forward", "sm_10", 0..1)]), &[1]);
     std::fs::write(&path, bundle).unwrap();
     let text = message(Cuda::with_bundle(&path, 0));
     let reasons = ["libcuda.so.1", "CUDA_ERROR", "the driver supports CUDA", "are for sm_10, but the"];

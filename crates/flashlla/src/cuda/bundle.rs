@@ -44,7 +44,7 @@ fn default_driver() -> u32 {
 pub struct Kernel {
     /// Its unique name.
     pub name: String,
-    /// The kernel's name, such as `lla_solve`; the symbol in the cubin is that and `_entry`.
+    /// The kernel's name, such as `lla_forward`; the symbol in the cubin is that and `_entry`.
     pub entry: String,
     /// The architecture it runs on, such as `sm_90`.
     pub arch: String,

@@ -477,10 +477,10 @@ fn part(name: &str) {
     };
     let opened = start.elapsed();
     let kernels = &gpu.bundle().index().kernels;
-    let has = |dtype: &str| kernels.iter().any(|k| k.entry == "lla_weights" && k.dtype == dtype);
+    let has = |dtype: &str| kernels.iter().any(|k| k.entry == "lla_forward" && k.dtype == dtype);
     let dtypes = [(Dtype::Bf16, "bf16"), (Dtype::F16, "f16"), (Dtype::F32, "f32")];
     let dtypes = dtypes.into_iter().filter(|(_, name)| has(name)).map(|(dtype, _)| dtype).collect();
-    let widest = kernels.iter().filter(|k| k.entry == "lla_solve").map(|k| k.head_dim).max().unwrap_or(0);
+    let widest = kernels.iter().filter(|k| k.entry == "lla_backward_solve").map(|k| k.head_dim).max().unwrap_or(0);
     if name == "first" {
         println!("{}, {}, driver {}", gpu.name(), gpu.architecture(), gpu.driver_version());
         println!("{} kernels; {dtypes:?}, head dimensions up to {widest}", kernels.len());
