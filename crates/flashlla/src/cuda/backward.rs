@@ -1,9 +1,7 @@
 //! [`BackwardPlan`]: the backward on device pointers.
 
 use super::driver::{Arguments, Context, Memory, fill, upload};
-use super::plan::{
-    Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, side,
-};
+use super::plan::{Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, side};
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Element, Error, Result};
 use std::sync::Arc;

@@ -206,8 +206,7 @@ impl ForwardPlan {
         // described, the scratch as large as `scratch` laid out.
         unsafe {
             self.convert.launch(&at.convert, base, keys, core.padded_keys(), &tensors, unit, stream)?;
-            let whole =
-                aligned(&p.q, a.head_dim(), self.bytes) && aligned(&p.out, a.value_dim(), self.bytes);
+            let whole = aligned(&p.q, a.head_dim(), self.bytes) && aligned(&p.out, a.value_dim(), self.bytes);
             self.forward.pick(whole).launch(grid(&self.forward), &forward, stream)?;
             if poison {
                 self.poison.pick(true).launch(grid(&self.poison), &poisoned, stream)?;

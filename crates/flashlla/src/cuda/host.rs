@@ -123,13 +123,7 @@ impl<'a, T: Element, S: Element> Inputs<'a, T, S> {
             let stride = |size: usize, by: usize| if size == 1 { 0 } else { by as i32 };
             (values, [stride(b, heads * m), stride(heads, m)])
         });
-        Self {
-            problem,
-            q: take(problem.q()),
-            k: take(problem.k()),
-            v: take(problem.v()),
-            bias,
-        }
+        Self { problem, q: take(problem.q()), k: take(problem.k()), v: take(problem.v()), bias }
     }
 
     fn spoilt(&self) -> Spoilt {

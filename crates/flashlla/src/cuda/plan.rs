@@ -340,13 +340,7 @@ impl Core {
     }
 
     /// The arguments from `options` to `bias_head` of a kernel with blocks of so many queries.
-    pub fn by_query(
-        &self,
-        tables: &Tables,
-        base: u64,
-        block: usize,
-        bias: Option<DeviceBias>,
-    ) -> Arguments {
+    pub fn by_query(&self, tables: &Tables, base: u64, block: usize, bias: Option<DeviceBias>) -> Arguments {
         let bounds = self.bounds.iter().position(|(b, _)| *b == block).map_or(0, |i| base + tables.bounds[i]);
         self.pairs(tables, base).pointers([bounds]).i32s([0]).then(&Self::bias(bias))
     }

@@ -480,7 +480,8 @@ fn part(name: &str) {
     let has = |dtype: &str| kernels.iter().any(|k| k.entry == "lla_forward" && k.dtype == dtype);
     let dtypes = [(Dtype::Bf16, "bf16"), (Dtype::F16, "f16"), (Dtype::F32, "f32")];
     let dtypes = dtypes.into_iter().filter(|(_, name)| has(name)).map(|(dtype, _)| dtype).collect();
-    let widest = kernels.iter().filter(|k| k.entry == "lla_backward_solve").map(|k| k.head_dim).max().unwrap_or(0);
+    let widest =
+        kernels.iter().filter(|k| k.entry == "lla_backward_solve").map(|k| k.head_dim).max().unwrap_or(0);
     if name == "first" {
         println!("{}, {}, driver {}", gpu.name(), gpu.architecture(), gpu.driver_version());
         println!("{} kernels; {dtypes:?}, head dimensions up to {widest}", kernels.len());
