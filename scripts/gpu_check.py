@@ -10,6 +10,7 @@ import torch
 
 from gpu_kernels import Kernels, error, gradients, graph_ms, reference, visible
 
+TOLERANCE = {64: 3e-3, 128: 2.1e-3}  # what the library asks for by default
 SHAPES = [(64, 1024, 64), (16, 4096, 64), (4, 16384, 64), (32, 1024, 128), (8, 4096, 128), (2, 16384, 128)]
 failures = 0
 
@@ -108,8 +109,10 @@ def check(kernels):
 
 
 def timings(kernels):
-    print("\nbf16, causal, ridge 10, tolerance 2e-3; milliseconds, ratio to scaled_dot_product_attention in brackets")
-    print("| B, N, D | forward | error 10 / 1 | iterations | backward | dq dk dv 10 |")
+    print("\nbf16, causal, ridge 10, the library's default tolerance; milliseconds, ratio to scaled_dot_product_attention in brackets")
+    print("| B, N, D | forward | SDPA | error of out at ridge 10 / 1 | passes | backward | SDPA | error of dq dk dv at ridge 10 / 1 |")
+    print("|---|---|---|---|---|---|---|---|")
+    parts = []
     for heads, n, d in SHAPES:
         q, k, v, g = tensors("gaussian", 1, heads, heads, n, n, d, d, torch.bfloat16)
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -128,23 +131,28 @@ def timings(kernels):
             torch.cuda.synchronize()
             times.append(a.elapsed_time(b) / 10)
         back = sorted(times)[2]
-        lam = torch.full((1, heads, n), 10.0, device="cuda")
+        lam, tol = torch.full((1, heads, n), 10.0, device="cuda"), TOLERANCE[d]
         out = torch.empty_like(q)
-        tf = graph_ms(lambda: kernels.forward(q, k, v, lam, tol=2e-3, out=out))
-        saved = kernels.forward(q, k, v, lam, tol=2e-3, save=True)
-        tb = graph_ms(lambda: kernels.backward(q, k, v, g, saved, lam, tol=2e-3))
+        tf = graph_ms(lambda: kernels.forward(q, k, v, lam, tol=tol, out=out))
+        saved = kernels.forward(q, k, v, lam, tol=tol, save=True)
+        tb = graph_ms(lambda: kernels.backward(q, k, v, g, saved, lam, tol=tol))
+        for what, call in (("forward", lambda: kernels.forward(q, k, v, lam, tol=tol, out=out)),
+                           ("backward", lambda: kernels.backward(q, k, v, g, saved, lam, tol=tol))):
+            parts.append(f"{heads}, {n}, {d} {what}: " + " ".join(f"{entry[4:]} {ms:.3f}" for entry, ms in kernels.times(call)))
         part = slice(0, 2)
         rows = torch.cat([torch.arange(256, device="cuda"), torch.randint(256, n, (256,), device="cuda").sort()[0]])
-        errs = []
+        errs, grads = [], []
         for ridge in (10.0, 1.0):
-            got = kernels.forward(q, k, v, ridge, tol=2e-3, diagnostics=True)
-            its = got["iterations"].float().mean().item() if ridge == 10.0 else its
+            got = kernels.forward(q, k, v, ridge, tol=tol, diagnostics=True)
+            passes = got["iterations"].float().mean().item() if ridge == 10.0 else passes
             errs.append(error(got["out"][:, part, rows], reference(q[:, part], k[:, part], v[:, part], ridge, visible(n, n), rows=rows)[0]))
-        grads = ""
-        if n <= 1024:
-            got, ref = kernels.backward(q, k, v, g, saved, lam, tol=2e-3), gradients(*(t[:, :1] for t in (q, k, v, g)), 10.0, visible(n, n))
-            grads = " ".join(f"{error(got[x][:, :1], r):.1e}" for x, r in zip(("dq", "dk", "dv"), ref))
-        print(f"| {heads}, {n}, {d} | {tf:.3f} ({tf / f:.2f}) | {errs[0]:.1e} {errs[1]:.1e} | {its:.2f} | {tb:.3f} ({tb / back:.2f}) | {grads} | sdpa {f:.4f} {back:.4f}", flush=True)
+            if n <= 1024:
+                got = kernels.backward(q, k, v, g, kernels.forward(q, k, v, ridge, tol=tol, save=True), ridge, tol=tol)
+                ref = gradients(*(t[:, :1] for t in (q, k, v, g)), ridge, visible(n, n))
+                grads.append(" ".join(f"{error(got[x][:, :1], r):.1e}" for x, r in zip(("dq", "dk", "dv"), ref)))
+        print(f"| {heads}, {n}, {d} | {tf:.3f} ({tf / f:.2f}) | {f:.4f} | {errs[0]:.1e} / {errs[1]:.1e} | {passes:.2f} | {tb:.3f} ({tb / back:.2f}) "
+              f"| {back:.4f} | {' / '.join(grads)} |", flush=True)
+    print("\neach launch, milliseconds\n" + "\n".join(parts))
 
 
 def main():

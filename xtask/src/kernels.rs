@@ -49,6 +49,11 @@ impl Variant {
         Ok(Self { name: f[0].into(), entry: f[1].into(), dtype: f[2].into(), numbers })
     }
 
+    /// One term, no bias, 16-bit tensors: what most calls use.
+    pub fn is_plain(&self) -> bool {
+        self.dtype != "f32" && self.numbers[3] == 0 && self.numbers[4] == 0
+    }
+
     /// Whether it must use tensor cores and bulk copies.
     pub fn tensor(&self) -> bool {
         self.numbers[6] == 1

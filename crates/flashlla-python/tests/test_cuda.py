@@ -100,7 +100,7 @@ def test_state_shape_is_the_plans() -> None:
     q, k, v = (x.cuda() for x in leaves())
     given = flashlla._options.Options(1.0, None, True, None, 0, False, "auto", None, None, "standard")
     sizes = {"q": q.shape, "k": k.shape, "v": v.shape, "bias": False, "probe": False}
-    plan = _flashlla.cuda_forward_plan(0, "bf16", "bf16", sizes, given.given(None, None))
+    plan = _flashlla.cuda_forward_plan(0, "bf16", sizes, given.given(None, None))
     assert tuple(plan.state_shape) == _cuda.state_shape(q, v)
 
 
