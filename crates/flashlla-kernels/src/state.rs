@@ -55,7 +55,7 @@ pub mod state {
     }
 
     /// A direction in fp16 as the products take it, and what that rounding left, with the record that has its unit and its product
-    /// with the mean key. `room`: 1, or 1/16 where there are two terms.
+    /// with the mean key.
     pub fn direction<const BM: i32, const D: i32, const HIGH: i32>(
         record: Tile<f32, { [BM, 16] }>,
         d: Tile<f32, { [BM, D] }>,

@@ -103,13 +103,6 @@ pub mod tiles {
         divf(a, b, rounding::Approx, ftz::Enabled)
     }
 
-    /// The same numbers in the layout that products leave theirs in, so that arithmetic between the two moves nothing.
-    pub fn as_product<const R: i32, const C: i32>(x: Tile<f32, { [R, C] }>) -> Tile<f32, { [R, C] }> {
-        let a: Tile<f16, { [R, 16] }> = constant(f16::ZERO, const_shape![R, 16]);
-        let b: Tile<f16, { [16, C] }> = constant(f16::ZERO, const_shape![16, C]);
-        mma(a, b, x)
-    }
-
     /// A 16-byte aligned array of `rows` contiguous rows of `D` elements.
     pub unsafe fn packed<E: ElementType, const D: i32>(ptr: *mut E, rows: i32) -> Tensor<E, { [-1, D] }> {
         let base: *mut E = assume_div_by::<_, 16>(ptr);
@@ -236,18 +229,6 @@ pub mod tiles {
         t.reshape(const_shape![R, 1])
     }
 
-    /// The same as a column, in the layout that row sums of products have.
-    pub unsafe fn load_rowwise_product<const R: i32>(
-        base: PointerTile<*mut f32, { [] }>,
-        stride: i32,
-        rows: i32,
-    ) -> Tile<f32, { [R, 1] }> {
-        let t: Tile<f32, { [R, 1] }> = load_rowwise::<f32, R>(base, stride, rows);
-        let t: Tile<f32, { [R, 16] }> = as_product::<R, 16>(t.broadcast(const_shape![R, 16]));
-        let t: Tile<f32, { [R] }> = reduce_max(t, 1i32);
-        t.reshape(const_shape![R, 1])
-    }
-
     /// Writes the first `rows` values of a contiguous column.
     pub unsafe fn store_column<E: ElementType, const R: i32>(
         base: PointerTile<*mut E, { [] }>,
@@ -347,20 +328,6 @@ pub mod tiles {
         exp2(fma(s, sc, sh, rounding::NearestEven, ftz::Enabled), ftz::Enabled)
     }
 
-    /// The same where `seen`, 0 elsewhere (even where the logit is no number).
-    pub fn weights_where<const BM: i32, const BN: i32>(
-        s: Tile<f32, { [BM, BN] }>,
-        scale: Tile<f32, { [BM, 1] }>,
-        shift: Tile<f32, { [BM, 1] }>,
-        seen: Tile<bool, { [BM, BN] }>,
-    ) -> Tile<f32, { [BM, BN] }> {
-        let sc: Tile<f32, { [BM, BN] }> = across::<BM, BN>(scale);
-        let sh: Tile<f32, { [BM, BN] }> = across::<BM, BN>(shift);
-        let z: Tile<f32, { [BM, BN] }> = fma(s, sc, sh, rounding::NearestEven, ftz::Enabled);
-        let never: Tile<f32, { [BM, BN] }> = constant(f32::NEG_INFINITY, const_shape![BM, BN]);
-        exp2(select(seen, z, never), ftz::Enabled)
-    }
-
     /// Products of every query row with every key row: `[BM, D] x [BN, D]^T`.
     pub fn scores<const BM: i32, const BN: i32, const D: i32>(
         a: Tile<f16, { [BM, D] }>,
@@ -415,8 +382,7 @@ pub mod tiles {
     }
 
     /// Options of a launch: bits of one i32.
-    /// 1 causal, 2 window, 4 ranges, 8 leave one out, 16 probe given, 32 heavy blocks first,
-    /// 64 right-hand side given.
+    /// 1 causal, 2 window, 4 ranges, 8 leave one out, 16 probe given, 32 heavy blocks first.
     ///
     /// Which block of queries a tile block takes.
     pub fn block_index(options: i32, pid: i32, blocks: i32) -> i32 {
@@ -533,16 +499,8 @@ pub mod tiles {
         y
     }
 
-    /// One value per query as a row, for tiles with keys along the rows.
-    pub unsafe fn load_across<const BM: i32, const BN: i32>(
-        base: PointerTile<*mut f32, { [] }>,
-    ) -> Tile<f32, { [BN, BM] }> {
-        let t: Tile<f32, { [BM] }> = load_column::<f32, BM>(base, 1i32, BM);
-        t.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM])
-    }
-
     /// What turns a product of scaled queries and keys into a logit of base 2. Never 0, and -inf stays -inf under it:
-    /// the engine folds a negative scale's sign into the queries.
+    /// the engine refuses a negative scale in the backward.
     pub fn logit_scale(scale: f32, unit: f32) -> f32 {
         max(scale * unit * 1.4426950408889634f32, 1.0e-30f32)
     }
