@@ -11,9 +11,9 @@ use flashlla::cuda::{
     RawStream, STANDARD_TOLERANCE,
 };
 use flashlla::{Attention, Cuda, Element};
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 use std::collections::HashMap;
 use std::sync::Mutex;
 
@@ -103,15 +103,54 @@ macro_rules! with_gpu_type {
     };
 }
 
-/// `(address, strides of batch, head and token)`.
-#[derive(FromPyObject)]
-pub struct Strided(u64, [i64; 3]);
+/// The axes of a layout that are batch, head and token, where it has them.
+#[derive(Debug, Clone, Copy)]
+pub struct Axes([Option<usize>; 3]);
 
-impl From<Strided> for DeviceView {
-    fn from(Strided(ptr, strides): Strided) -> Self {
-        Self { ptr, strides }
+impl FromPyObject<'_, '_> for Axes {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        match object.extract::<&str>()? {
+            "bhnd" => Ok(Self([Some(0), Some(1), Some(2)])),
+            "bnhd" => Ok(Self([Some(0), Some(2), Some(1)])),
+            "bnd" => Ok(Self([Some(0), None, Some(1)])),
+            "nhd" => Ok(Self([None, Some(1), Some(0)])),
+            other => Err(PyValueError::new_err(format!(
+                "layout: '{other}' is not allowed; it must be bhnd, bnhd, bnd or nhd"
+            ))),
+        }
     }
 }
+
+impl Axes {
+    fn view(self, Strided(ptr, strides): Strided) -> DeviceView {
+        DeviceView { ptr, strides: self.0.map(|axis| axis.map_or(0, |axis| strides.0[axis])) }
+    }
+}
+
+/// The strides of up to four axes, as `Tensor.stride()` returns them.
+pub struct Strides([i64; 4]);
+
+impl FromPyObject<'_, '_> for Strides {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        let object = object.cast::<PyTuple>()?;
+        let mut strides = [0; 4];
+        if object.len() > strides.len() {
+            return Err(PyValueError::new_err("strides: more than four are not allowed"));
+        }
+        for (at, stride) in strides.iter_mut().zip(object.iter_borrowed()) {
+            *at = stride.extract()?;
+        }
+        Ok(Self(strides))
+    }
+}
+
+/// `(address, strides)` in the layout of the plan.
+#[derive(FromPyObject)]
+pub struct Strided(u64, Strides);
 
 /// `(address, strides of batch and query head)`.
 #[derive(FromPyObject)]
@@ -133,6 +172,7 @@ fn device_ridge(ridge: Option<Ridges>) -> Option<DeviceRidge> {
 #[pyclass(frozen, module = "flashlla._flashlla")]
 pub struct ForwardPlan {
     plan: flashlla::cuda::ForwardPlan,
+    axes: Axes,
     /// Bytes of scratch that a run needs.
     #[pyo3(get)]
     scratch_bytes: usize,
@@ -141,11 +181,12 @@ pub struct ForwardPlan {
     state_shape: [usize; 4],
 }
 
-/// Makes a forward ready: inputs and outputs in `dtype`.
+/// Makes a forward ready: inputs and outputs in `dtype` and `layout`.
 #[pyfunction]
 pub fn cuda_forward_plan(
     py: Python<'_>,
     device: usize,
+    layout: Axes,
     dtype: Dtype,
     sizes: Sizes,
     options: Options,
@@ -163,7 +204,7 @@ pub fn cuda_forward_plan(
         with_gpu_type!(dtype, T => make::<T>(&cuda, &attention, sizes.has()))
     })?;
     let (scratch_bytes, state_shape) = (plan.scratch_bytes(), plan.state_shape());
-    Ok(ForwardPlan { plan, scratch_bytes, state_shape })
+    Ok(ForwardPlan { plan, axes: layout, scratch_bytes, state_shape })
 }
 
 #[pymethods]
@@ -188,10 +229,10 @@ impl ForwardPlan {
         diagnostics: Option<[u64; 2]>,
     ) -> PyResult<()> {
         let pointers = ForwardPointers {
-            q: q.into(),
-            k: k.into(),
-            v: v.into(),
-            out: out.into(),
+            q: self.axes.view(q),
+            k: self.axes.view(k),
+            v: self.axes.view(v),
+            out: self.axes.view(out),
             bias: device_bias(bias),
             ridge: device_ridge(ridge),
             probe,
@@ -209,6 +250,7 @@ impl ForwardPlan {
 #[pyclass(frozen, module = "flashlla._flashlla")]
 pub struct BackwardPlan {
     plan: flashlla::cuda::BackwardPlan,
+    axes: Axes,
     /// Bytes of scratch that a run needs.
     #[pyo3(get)]
     scratch_bytes: usize,
@@ -222,6 +264,7 @@ pub struct BackwardPlan {
 pub fn cuda_backward_plan(
     py: Python<'_>,
     device: usize,
+    layout: Axes,
     dtype: Dtype,
     grad_dtype: Dtype,
     sizes: Sizes,
@@ -240,7 +283,7 @@ pub fn cuda_backward_plan(
         with_gpu_type!(dtype, T => with_gpu_type!(grad_dtype, G => make::<T, G>(&cuda, &attention, sizes.has())))
     })?;
     let (scratch_bytes, state_shape) = (plan.scratch_bytes(), plan.state_shape());
-    Ok(BackwardPlan { plan, scratch_bytes, state_shape })
+    Ok(BackwardPlan { plan, axes: layout, scratch_bytes, state_shape })
 }
 
 #[pymethods]
@@ -270,18 +313,18 @@ impl BackwardPlan {
         covariance: Option<u64>,
     ) -> PyResult<()> {
         let pointers = BackwardPointers {
-            q: q.into(),
-            k: k.into(),
-            v: v.into(),
+            q: self.axes.view(q),
+            k: self.axes.view(k),
+            v: self.axes.view(v),
             bias: device_bias(bias),
             ridge: device_ridge(ridge),
-            grad_out: grad_out.into(),
+            grad_out: self.axes.view(grad_out),
             lse,
             key_mean,
             probe,
-            dq: dq.into(),
-            dk: dk.into(),
-            dv: dv.into(),
+            dq: self.axes.view(dq),
+            dk: self.axes.view(dk),
+            dv: self.axes.view(dv),
             dridge,
             dscale,
             dbias,

@@ -1,5 +1,7 @@
 """On an NVIDIA GPU: the same results, the caller's stream, no waiting. Skipped where there is none."""
 
+import functools
+import gc
 import time
 
 import flashlla
@@ -100,7 +102,7 @@ def test_state_shape_is_the_plans() -> None:
     q, k, v = (x.cuda() for x in leaves())
     given = flashlla._options.Options(1.0, None, True, None, 0, False, "auto", None, None, "standard")
     sizes = {"q": q.shape, "k": k.shape, "v": v.shape, "bias": False, "probe": False}
-    plan = _flashlla.cuda_forward_plan(0, "bf16", sizes, given.given(None, None))
+    plan = _flashlla.cuda_forward_plan(0, "bhnd", "bf16", sizes, given.given(None, None))
     assert tuple(plan.state_shape) == _cuda.state_shape(q, v)
 
 
@@ -177,7 +179,13 @@ def test_nothing_waits_and_graphs_replay() -> None:
 def test_host_time_of_a_call() -> None:
     q, k, v = (torch.randn(1, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     ridge = torch.tensor(10.0, device="cuda")
-    for call in (lambda: lla_attention(q, k, v), lambda: lla_attention(q, k, v, ridge_lambda=ridge)):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    calls = [
+        lambda: lla_attention(q, k, v),
+        lambda: lla_attention(q, k, v, ridge_lambda=ridge),
+        lambda: lla_attention(*leaves),
+    ]
+    for call in calls:
         times = []
         for i in range(600):
             if i % 20 == 0:  # So that the queue of launches never fills.
@@ -188,6 +196,51 @@ def test_host_time_of_a_call() -> None:
         middle = sorted(times[100:])[250]
         print(f"host time of a forward at (1, 64, 64): {1e6 * middle:.1f} µs")
         assert middle < 60e-6, f"{1e6 * middle:.1f} µs"
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.1, 0.2])])
+def test_the_short_way_is_the_operators(layout: str, scale: torch.Tensor | None) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    shapes = ((2, 4, 200, 64), (2, 2, 200, 64), (2, 2, 200, 48))
+    inputs = [x.cuda() if layout == "bhnd" else x.cuda().transpose(1, 2).contiguous() for x in leaves(shapes=shapes)]
+    inputs += [torch.full((4,), 2.0, device="cuda")] + ([] if scale is None else [scale.cuda()])
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def step() -> list[torch.Tensor]:
+        q, k, v, ridge, *rest = inputs
+        out = flashlla.attention(q, k, v, ridge=ridge, scale=rest[0] if rest else None, causal=True, layout=layout)
+        return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+    direct = step()
+    with Watching():
+        watched = step()
+    assert any("flashlla.forward" in name for name in seen) and any("flashlla.backward" in name for name in seen)
+    for a, b in zip(direct, watched, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_sequences_in_a_graph() -> None:
+    q, k, v = (x.cuda() for x in leaves())
+    cu_seqlens = torch.tensor([0, 70, 200])
+    call = functools.partial(flashlla.attention, causal=True, cu_seqlens=cu_seqlens)
+    want = call(q, k, v)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(q, k, v)
+    # A graph reads where sequences begin and end again at every replay, long after the call was dropped from the cache.
+    _cuda.prepared.cache_clear()
+    gc.collect()
+    graph.replay()
+    assert torch.equal(out, want)
 
 
 def test_compiles() -> None:

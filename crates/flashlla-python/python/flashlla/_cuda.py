@@ -1,20 +1,32 @@
-"""The operator in the memory of an NVIDIA GPU: plans, pointers, padding. Nothing here waits for the GPU."""
+"""The operator in the memory of an NVIDIA GPU: plans, addresses, padding. Nothing here waits for the GPU."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashlla import _flashlla
-from flashlla._options import Options
+from flashlla._options import Options, as_laid_out, check_axes, heads_first, ridge_axes, sizes
 
 # Tokens are padded to whole tiles on the device.
 _TOKENS = 128
 
 _NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+# The shape of one number per KV head beside q, k and v of a layout.
+_PER_HEAD = {"bhnd": (-1, 1, 1), "bnhd": (-1, 1), "nhd": (-1, 1), "bnd": ()}
+
+# Calls that a graph of CUDA's may repeat.
+_CAPTURED: set[Call] = set()
+
+
+def stream(device: int) -> int:
+    """The address of the current stream. `torch.cuda.current_stream` makes an object around it, at 10 times the cost."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 @lru_cache
@@ -31,188 +43,322 @@ def state_shape(q: Tensor, v: Tensor) -> tuple[Any, ...]:
     return (b, h, (n + _TOKENS - 1) // _TOKENS * _TOKENS, width)
 
 
-@lru_cache(maxsize=1024)
-def _plan(
-    make: Any,
-    device: int,
-    dtype: torch.dtype,
-    others: tuple[torch.dtype, ...],
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    v: tuple[int, ...],
-    bias: bool,
-    probe: bool,
-    sequences: tuple[int, ...] | None,
-    options: tuple[Any, ...],
-) -> Any:
-    sizes = {"q": q, "k": k, "v": v, "bias": bias, "probe": probe}
-    given = Options(*options).given(None, None if sequences is None else list(sequences))
-    return make(device, _NAMES[dtype], *(_NAMES[other] for other in others), sizes, given)
-
-
-def _planned(make: Any, others: tuple[torch.dtype, ...], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
-    q, k, v, _, _, bias, probe, cu_seqlens = tensors
-    # Reads device memory, and so waits, only if the sequences are there.
-    sequences = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-    has = (bias is not None, probe is not None)
-    return _plan(make, q.device.index, q.dtype, others, *shapes, *has, sequences, options)
-
-
 def _rows(x: Tensor) -> Tensor:
     """With its dims side by side."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _view(x: Tensor) -> tuple[int, tuple[int, ...]]:
-    return (x.data_ptr(), x.stride()[:3])
+    return (x.data_ptr(), x.stride())
 
 
 def _steps(x: Tensor) -> tuple[int, ...]:
     """Strides, 0 where there is one element."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    return tuple([stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)])
 
 
-def _bias(bias: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Any]:
-    if bias is None:
-        return None, None
-    b, h, m, _ = bias.shape
-    rows = bias.reshape(b, h, m)
-    if h not in (1, q.shape[1]):
-        rows = rows.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    rows = rows.contiguous()
-    return rows, (rows.data_ptr(), _steps(rows)[:2])
+class Call:
+    """Calls of one kind: what sizes, types and options alone decide, checked and worked out once.
 
+    Tensors come in the layout of the call, in any strides; ridges `[]`, `[HQ]` or `[B, HQ, N]` and biases `[M]` or `[B, H, M]`
+    with 1 where they are constant, all in float32. The kernels know one scale, a number. A scale in device memory, per KV head
+    or one, is folded into what they read: queries and keys times `a` with the default scale s have the logits of scale
+    s·a², and with ridges times `a²` the same fit; a given probe is divided by `a`, because it meets keys that are multiplied
+    with it. Half precision would round `a·q` and `a·k` once more, so they become float32.
+    """
 
-def _ridge(ridge: Tensor | None, q: Tensor) -> tuple[Tensor | None, Any]:
-    if ridge is None:
-        return None, None
-    fits = all(size in (1, full) for size, full in zip(ridge.shape, q.shape, strict=False))
-    if not fits:
-        raise ValueError(
-            f"ridge: shape {list(ridge.shape)} does not fit; it must be {list(q.shape[:3])} (batch, query heads, "
-            "queries) with 1 where it is constant"
+    def __init__(
+        self,
+        device: int,
+        layout: str,
+        dtype: torch.dtype,
+        q: tuple[int, ...],
+        k: tuple[int, ...],
+        v: tuple[int, ...],
+        bias: bool,
+        probe: bool,
+        folded: bool,
+        sequences: tuple[int, ...] | None,
+        ridge: float,
+        scale: float | None,
+        options: Options,
+    ) -> None:
+        for argument, shape in (("q", q), ("k", k), ("v", v)):
+            check_axes(argument, shape, layout)
+        of_q, of_k, of_v = sizes(q, layout), sizes(k, layout), sizes(v, layout)
+        b, h, n, d = of_q
+        # What the description cannot see, because it is made from these very sizes.
+        if of_k[0] != b or of_k[3] != d:
+            raise ValueError(f"k: shape {list(k)} does not fit; batch and head_dim must be those of q, {b} and {d}")
+        if of_v[:3] != of_k[:3]:
+            raise ValueError(f"v: shape {list(v)} does not fit; it must be {list(k[:-1])} and value_dim")
+        self.device, self.layout, self.q_shape, self.ridge = device, layout, q, ridge
+        self.rows, self.kv_heads, self.keys, self.head_dim = (b, h, n), of_k[1], of_k[2], d
+        self.dtype = torch.float32 if folded else dtype
+        self.out_shape = (*q[:-1], v[-1])
+        given = options._replace(ridge=ridge, scale=scale)
+        described = {"q": of_q, "k": of_k, "v": of_v, "bias": bias, "probe": probe}
+        self._made_from = (described, given.given(None, None if sequences is None else list(sequences)))
+        self._forward = _flashlla.cuda_forward_plan(device, layout, _NAMES[self.dtype], *self._made_from)
+        self._backward: dict[torch.dtype, Any] = {}
+        self._packed = sequences is not None
+        # Scratch is allocated in the type of q, which costs less than to name another.
+        self._scratch = -(-self._forward.scratch_bytes // self.dtype.itemsize)
+        self.state_shape = tuple(self._forward.state_shape)
+        self.state_numel = prod(self.state_shape)
+
+    def _stream(self) -> int:
+        # Where sequences begin and end is copied from the plans at every replay of a graph: they must stay.
+        if self._packed and torch.cuda.is_current_stream_capturing():
+            _CAPTURED.add(self)
+        return stream(self.device)
+
+    def _ridge(self, ridge: Tensor | None) -> Any:
+        if ridge is None:
+            return None
+        if ridge.dim() == 0:
+            return (ridge.data_ptr(), (0, 0, 0))
+        shape = (1, 1, 1) if ridge.shape == (1,) else ridge_axes(ridge.shape)
+        if not all(size in (1, full) for size, full in zip(shape, self.rows, strict=True)):
+            raise ValueError(
+                f"ridge: shape {list(ridge.shape)} does not fit; it must be {list(self.rows)} (batch, query heads, "
+                "queries) with 1 where it is constant"
+            )
+        steps = _steps(ridge)
+        return (ridge.data_ptr(), steps if len(steps) == 3 else (0, *steps, 0))
+
+    def _bias(self, bias: Tensor | None) -> tuple[Tensor | None, Any]:
+        if bias is None:
+            return None, None
+        (b, h, _), m = self.rows, self.keys
+        fits = (
+            bias.shape[0] in (1, b) and bias.shape[1] in (1, h, self.kv_heads) if bias.dim() == 3 else bias.dim() == 1
         )
-    ridge = ridge.to(torch.float32)
-    return ridge, (ridge.data_ptr(), _steps(ridge))
+        if not fits or bias.shape[-1] != m:
+            raise ValueError(
+                f"bias: shape {list(bias.shape)} does not fit; it must be [{m}], or [{b} or 1, {h} or {self.kv_heads} or 1, "
+                f"{m}] (batch, query heads or KV heads, keys)"
+            )
+        if bias.dim() == 1:
+            bias = bias[None, None]
+        if bias.shape[1] not in (1, h):
+            bias = bias.repeat_interleave(h // self.kv_heads, 1)
+        bias = bias.contiguous()
+        return bias, (bias.data_ptr(), _steps(bias)[:2])
 
+    def _check_probe(self, probe: Tensor | None) -> None:
+        if probe is not None and probe.shape != self.q_shape:
+            raise ValueError(
+                f"probe: shape {list(probe.shape)} does not fit; it must be that of q, {list(self.q_shape)}"
+            )
 
-def _check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
-    if bias is None:
-        return
-    b, h, m, _ = bias.shape
-    if b not in (1, q.shape[0]) or h not in (1, q.shape[1], k.shape[1]) or m != k.shape[2]:
-        raise ValueError(
-            f"bias: shape {[b, h, m]} does not fit; it must be [{q.shape[0]} or 1, {q.shape[1]} or {k.shape[1]} or 1, "
-            f"{k.shape[2]}] (batch, query heads or KV heads, keys)"
+    def _ratio(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """a² of every KV head and of every query head, or one for all."""
+        if scale.dim() > 1 or scale.numel() not in (1, self.kv_heads):
+            raise ValueError(
+                f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{self.kv_heads}] (KV heads)"
+            )
+        ratio = scale.to(torch.float32).reshape(-1) * self.head_dim**0.5
+        return ratio, ratio if len(ratio) == 1 else ratio.repeat_interleave(self.rows[1] // self.kv_heads)
+
+    def _folded(
+        self, q: Tensor, k: Tensor, v: Tensor, ridge: Tensor | None, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ratio, grouped = self._ratio(scale)
+        axes = _PER_HEAD[self.layout]
+        ridges = self.ridge if ridge is None else ridge.reshape(1, -1, 1) if ridge.dim() == 1 else ridge
+        return (
+            q.float() * grouped.sqrt().reshape(axes),
+            k.float() * ratio.sqrt().reshape(axes),
+            v.float(),
+            grouped.reshape(1, -1, 1) * ridges,
         )
 
+    def _pad(self, probe: Tensor, scale: Tensor | None, into: Tensor) -> int:
+        if probe.shape != self.q_shape:
+            raise ValueError(
+                f"probe: shape {list(probe.shape)} does not fit; it must be that of q, {list(self.q_shape)}"
+            )
+        narrow = into.zero_()[:, :, : self.rows[2], : self.head_dim]
+        narrow.copy_(heads_first(probe, self.layout))
+        if scale is not None:
+            narrow.div_(self._ratio(scale)[1].sqrt().reshape(-1, 1, 1))
+        return into.data_ptr()
 
-def _check_shapes(tensors: tuple[Any, ...]) -> None:
-    """What the description cannot see, because it is made from these very sizes."""
-    q, k, v, _, _, bias, probe, _ = tensors
-    b, _, _, d = q.shape
-    if k.shape[0] != b or k.shape[3] != d:
-        raise ValueError(f"k: shape {list(k.shape)} does not fit; batch and head_dim must be those of q, {b} and {d}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: shape {list(v.shape)} does not fit; it must be {list(k.shape[:3])} and value_dim")
-    if probe is not None and probe.shape != q.shape:
-        raise ValueError(f"probe: shape {list(probe.shape)} does not fit; it must be that of q, {list(q.shape)}")
-    _check_bias(bias, q, k)
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ridge: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        out: Tensor | None = None,
+        lse: int | None = None,
+        state: Tensor | None = None,
+        diagnostics: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Puts a forward into the current stream, and returns its outputs (`out`, if given) in the type of this call.
 
+        `state` begins with memory for key means and probes, float32; `lse` and `diagnostics` (iterations, residuals) are
+        addresses.
+        """
+        ridge_at = self._ridge(ridge)
+        if scale is not None:
+            q, k, v, ridge = self._folded(q, k, v, ridge, scale)
+            ridge_at = self._ridge(ridge)
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        if out is None:
+            out = q.new_empty(self.out_shape)
+        bias, bias_at = self._bias(bias)
+        key_mean = None if state is None else state.data_ptr()
+        used = None if key_mean is None else key_mean + 4 * self.state_numel
+        given, padded = None, None
+        if probe is not None:
+            if state is None:
+                padded = q.new_empty(self.state_shape, dtype=torch.float32)
+            else:
+                padded = state.view(-1)[self.state_numel : 2 * self.state_numel].view(self.state_shape)
+            given, used = self._pad(probe, scale, padded), None
+        scratch = q.new_empty(self._scratch)
+        self._forward.run(
+            self._stream(),
+            scratch.data_ptr(),
+            _view(q),
+            _view(k),
+            _view(v),
+            _view(out),
+            bias_at,
+            ridge_at,
+            given,
+            lse,
+            key_mean,
+            used,
+            diagnostics,
+        )
+        return out
 
-def forward(tensors: tuple[Any, ...], options: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
-    """Puts a forward into the current stream, into `results`."""
-    q, k, v, ridge, _, bias, probe, _ = tensors
-    out, lse, state, solves = results
-    _check_shapes(tensors)
-    plan = _planned(_flashlla.cuda_forward_plan, (), tensors, options)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    # The kernels write the type that they read.
-    written = out if out.dtype == q.dtype else torch.empty_like(out, dtype=q.dtype)
-    bias, bias_at = _bias(bias, q, k)
-    ridge, ridge_at = _ridge(ridge, q)
-    scratch = q.new_empty((plan.scratch_bytes,), dtype=torch.uint8)
-    key_mean, used, diagnostics = None, None, None
-    if state.numel() > 0:
-        key_mean, used = state.data_ptr(), state.data_ptr() + 2 * state.numel()
-    if solves.numel() > 0:
-        diagnostics = (solves.data_ptr() + 2 * solves.numel(), solves.data_ptr())
-    given = None
-    if probe is not None:
-        padded = state[1].zero_() if state.numel() > 0 else q.new_zeros(plan.state_shape, dtype=torch.float32)
-        padded[:, :, : q.shape[2], : q.shape[3]] = probe
-        given, used, diagnostics = padded.data_ptr(), None, None
-        solves.zero_()
-    plan.run(
-        torch.cuda.current_stream(q.device).cuda_stream,
-        scratch.data_ptr(),
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(written),
-        bias_at,
-        ridge_at,
-        given,
-        lse.data_ptr(),
-        key_mean,
-        used,
-        diagnostics,
-    )
-    if written is not out:
-        out.copy_(written)
+    def _backward_plan(self, grad: torch.dtype) -> Any:
+        plan = self._backward.get(grad)
+        if plan is None:
+            names = (_NAMES[self.dtype], _NAMES[grad])
+            plan = _flashlla.cuda_backward_plan(self.device, self.layout, *names, *self._made_from)
+            self._backward[grad] = plan
+        return plan
 
-
-def backward(
-    grad_out: Tensor,
-    state: tuple[Tensor, ...],
-    tensors: tuple[Any, ...],
-    options: tuple[Any, ...],
-    results: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:
-    """Puts a backward into the current stream, into `results`."""
-    q, k, v, ridge, _, bias, probe, _ = tensors
-    dq, dk, dv, dridge, dscale, dbias, dprobe = results
-    lse, rows_state = state
-    key_mean, used = rows_state.data_ptr(), rows_state.data_ptr() + 2 * rows_state.numel()
-    plan = _planned(_flashlla.cuda_backward_plan, (grad_out.dtype,), tensors, options)
-    q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
-    rows, bias_at = _bias(bias, q, k)
-    float_ridge, ridge_at = _ridge(ridge, q)
-    (b, h, n, _), (_, kv, m, _) = q.shape, k.shape
-    scratch = q.new_empty((plan.scratch_bytes,), dtype=torch.uint8)
-    per_query = q.new_empty((2, b, h, n), dtype=torch.float32)
-    per_key = None if bias is None else q.new_empty((b, h, m), dtype=torch.float32)
-    covariance = None if probe is None else q.new_empty(plan.state_shape, dtype=torch.float32)
-    plan.run(
-        torch.cuda.current_stream(q.device).cuda_stream,
-        scratch.data_ptr(),
-        _view(q),
-        _view(k),
-        _view(v),
-        bias_at,
-        ridge_at,
-        _view(grad_out),
-        lse.data_ptr(),
-        key_mean,
-        used,
-        _view(dq),
-        _view(dk),
-        _view(dv),
-        per_query[0].data_ptr(),
-        per_query[1].data_ptr(),
-        None if per_key is None else per_key.data_ptr(),
-        None if covariance is None else covariance.data_ptr(),
-    )
-    if ridge is not None:
-        if probe is None:
-            dridge = per_query[0].sum_to_size(ridge.shape).to(ridge.dtype)
+    def backward(
+        self,
+        grad_out: Tensor,
+        lse: int,
+        state: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ridge: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        gradients: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Puts a backward into the current stream, and returns the gradients of q, k, v (`gradients`, if given), ridge, scale,
+        bias and probe."""
+        plan = self._backward_plan(grad_out.dtype)
+        given = (q, k, v)
+        ridge_at = self._ridge(ridge)
+        of_ridge: Tensor | None = None
+        if scale is not None:
+            q, k, v, of_ridge = self._folded(q, k, v, ridge, scale)
+            ridge_at = self._ridge(of_ridge)
+        q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
+        if gradients is None or scale is not None:
+            dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         else:
-            dridge = torch.zeros_like(ridge)
-    if bias is not None and per_key is not None:
-        if bias.shape[1] == kv != h:
-            per_key = per_key.reshape(b, kv, h // kv, m).sum(2)
-        dbias = per_key.sum_to_size(bias.shape[:3]).reshape(bias.shape)
-    if probe is not None and covariance is not None:
-        dprobe = -covariance[:, :, :n, : q.shape[3]].contiguous()
-    return dq, dk, dv, dridge, dscale, dbias, dprobe
+            dq, dk, dv = gradients
+        rows, bias_at = self._bias(bias)
+        per_query = q.new_empty((2, *self.rows), dtype=torch.float32)
+        per_key = None if bias is None else q.new_empty((*self.rows[:2], self.keys), dtype=torch.float32)
+        covariance = None if probe is None else q.new_empty(self.state_shape, dtype=torch.float32)
+        scratch = q.new_empty(-(-plan.scratch_bytes // self.dtype.itemsize))
+        key_mean, sums = state.data_ptr(), per_query.data_ptr()
+        plan.run(
+            self._stream(),
+            scratch.data_ptr(),
+            _view(q),
+            _view(k),
+            _view(v),
+            bias_at,
+            ridge_at,
+            _view(grad_out),
+            lse,
+            key_mean,
+            key_mean + 4 * self.state_numel,
+            _view(dq),
+            _view(dk),
+            _view(dv),
+            sums,
+            sums + 2 * per_query.numel(),
+            None if per_key is None else per_key.data_ptr(),
+            None if covariance is None else covariance.data_ptr(),
+        )
+        dscale = None
+        if scale is not None:
+            dq, dk, dv, dscale = self._unfolded((dq, dk, dv), given, gradients, per_query, scale)
+        return (
+            *(dq, dk, dv),
+            None if ridge is None else self._ridge_gradient(ridge, probe, per_query[0]),
+            dscale,
+            None if bias is None or per_key is None else self._bias_gradient(bias, per_key),
+            None if covariance is None else self._probe_gradient(covariance, scale),
+        )
+
+    def _unfolded(
+        self,
+        found: tuple[Tensor, Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor],
+        into: tuple[Tensor, Tensor, Tensor] | None,
+        per_query: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients by what was given, from those by what the kernels read; `per_query`, those of ridges and scales, in place.
+
+        With a² = s/s₀ held fast the call is that of `a q`, `a k`, `a² λ` and scale s/a², so that its derivative by s is the
+        kernels' by their scale over a². None of it goes by way of the gradients of q and k, whose sums cancel.
+        """
+        ratio, grouped = self._ratio(scale)
+        axes = _PER_HEAD[self.layout]
+        factors = (grouped.sqrt().reshape(axes), ratio.sqrt().reshape(axes), None)
+        results = []
+        for i, (gradient, factor) in enumerate(zip(found, factors, strict=True)):
+            gradient = gradient if factor is None else gradient.mul_(factor)
+            results.append(gradient.to(given[i].dtype) if into is None else into[i].copy_(gradient))
+        per_query[0].mul_(grouped.reshape(-1, 1))
+        heads = per_query[1].sum((0, 2)) / grouped
+        by_head = heads.sum() if scale.numel() == 1 else heads.reshape(self.kv_heads, -1).sum(1)
+        return results[0], results[1], results[2], by_head.reshape(scale.shape).to(scale.dtype)
+
+    def _ridge_gradient(self, ridge: Tensor, probe: Tensor | None, per_query: Tensor) -> Tensor:
+        if probe is not None:
+            return torch.zeros_like(ridge)
+        if ridge.numel() == 1:
+            return per_query.sum().reshape(ridge.shape)
+        return per_query.sum_to_size(ridge_axes(ridge.shape)).reshape(ridge.shape)
+
+    def _bias_gradient(self, bias: Tensor, per_key: Tensor) -> Tensor:
+        (b, h, _), m = self.rows, self.keys
+        if bias.dim() == 3 and bias.shape[1] == self.kv_heads != h:
+            per_key = per_key.reshape(b, self.kv_heads, h // self.kv_heads, m).sum(2)
+        return per_key.sum_to_size(bias.shape)
+
+    def _probe_gradient(self, covariance: Tensor, scale: Tensor | None) -> Tensor:
+        gradient = -covariance[:, :, : self.rows[2], : self.head_dim]
+        if scale is not None:
+            gradient = gradient / self._ratio(scale)[1].sqrt().reshape(-1, 1, 1)
+        laid_out: Tensor = as_laid_out(gradient, self.layout).contiguous()
+        return laid_out
+
+
+@lru_cache(maxsize=1024)
+def prepared(*kind: Any) -> Call:
+    """The `Call` made from these arguments, kept."""
+    return Call(*kind)

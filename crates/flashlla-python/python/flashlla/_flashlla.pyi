@@ -23,7 +23,8 @@ MAX_HEAD_DIM: int
 
 # (address, dtype name, shape, strides in elements)
 _Host = tuple[int, str, Sequence[int], Sequence[int]]
-_Strided = tuple[int, Sequence[int]]
+# (address, strides in elements) in the layout of a plan
+_Strided = tuple[int, tuple[int, ...]]
 
 class _CudaInfo(TypedDict):
     name: str
@@ -53,9 +54,11 @@ def cpu_backward(
     others: dict[str, _Host | None],
 ) -> float: ...
 def cuda_info(device: int) -> _CudaInfo: ...
-def cuda_forward_plan(device: int, dtype: str, sizes: dict[str, Any], options: dict[str, Any]) -> ForwardPlan: ...
+def cuda_forward_plan(
+    device: int, layout: str, dtype: str, sizes: dict[str, Any], options: dict[str, Any]
+) -> ForwardPlan: ...
 def cuda_backward_plan(
-    device: int, dtype: str, grad_dtype: str, sizes: dict[str, Any], options: dict[str, Any]
+    device: int, layout: str, dtype: str, grad_dtype: str, sizes: dict[str, Any], options: dict[str, Any]
 ) -> BackwardPlan: ...
 
 @final

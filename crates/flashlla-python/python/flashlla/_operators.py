@@ -48,6 +48,10 @@ def laid_out(like: Tensor, shape: Any, dtype: torch.dtype, tokens_first: bool) -
     return like.new_empty((b, h, n, d), dtype=dtype)
 
 
+def _state_shape(q: Tensor, v: Tensor) -> tuple[Any, ...]:
+    return _cuda.state_shape(q, v) if q.device.type == "cuda" else tuple(q.shape)
+
+
 def _forward_outputs(
     q: Tensor, v: Tensor, out_dtype: torch.dtype | None, tokens_first: bool, save: bool, diagnostics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,12 +59,11 @@ def _forward_outputs(
 
     `state` is key means and probes, one after the other; `solves` residuals and, as int32 under float32's name, iterations.
     """
-    b, h, n, d = q.shape
-    rows = _cuda.state_shape(q, v) if q.device.type == "cuda" else (b, h, n, d)
+    b, h, n, _ = q.shape
     return (
         laid_out(q, (b, h, n, v.shape[3]), out_dtype or q.dtype, tokens_first),
         q.new_empty((b, h, n), dtype=_sums(q)),
-        q.new_empty((2, *rows) if save or diagnostics else (0,), dtype=_sums(q)),
+        q.new_empty((2, *_state_shape(q, v)) if save or diagnostics else (0,), dtype=_sums(q)),
         q.new_empty((2, b, h, n) if diagnostics else (0,), dtype=torch.float32),
     )
 
@@ -129,16 +132,61 @@ def _backward_cpu(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return dq, dk, dv, dridge, dscale, dbias, dprobe
 
 
+def _call(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> _cuda.Call:
+    q, k, v, _, scale, bias, probe, cu_seqlens = tensors
+    # Reads device memory, and so waits, only if the sequences are there.
+    sequences = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    given = (bias is not None, probe is not None, scale is not None)
+    shapes = (q.shape, k.shape, v.shape)
+    return _cuda.prepared(
+        q.get_device(), "bhnd", q.dtype, *shapes, *given, sequences, *options[:2], Options(0.0, None, *options[2:])
+    )
+
+
+def _as_call_takes(ridge: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    ridge = None if ridge is None else ridge.to(torch.float32)
+    return ridge, None if bias is None else bias[..., 0]
+
+
 def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    q, _, v = arguments[:3]
-    results = _forward_outputs(q, v, *arguments[18:])
-    _cuda.forward(arguments[:8], arguments[8:18], results)
-    return results
+    tensors = arguments[:8]
+    q, k, v, ridge, scale, bias, probe, _ = tensors
+    out, lse, state, solves = _forward_outputs(q, v, *arguments[18:])
+    call = _call(tensors, arguments[8:18])
+    ridge, bias = _as_call_takes(ridge, bias)
+    diagnostics = None
+    if solves.numel() > 0 and probe is None:
+        diagnostics = (solves.data_ptr() + 2 * solves.numel(), solves.data_ptr())
+    else:
+        solves.zero_()
+    # The kernels write the type that they read.
+    written = out if out.dtype == call.dtype else torch.empty_like(out, dtype=call.dtype)
+    kept = state if state.numel() > 0 else None
+    call.forward(q, k, v, ridge, scale, bias, probe, written, lse.data_ptr(), kept, diagnostics)
+    if written is not out:
+        out.copy_(written)
+    return out, lse, state, solves
 
 
 def _backward_cuda(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    results = _backward_outputs(arguments[2:10], arguments[20])
-    return _cuda.backward(grad_out, arguments[:2], arguments[2:10], arguments[10:20], results)
+    lse, state = arguments[:2]
+    tensors = arguments[2:10]
+    q, k, v, ridge, scale, bias, probe, _ = tensors
+    results = _backward_outputs(tensors, arguments[20])
+    dq, dk, dv = results[:3]
+    call = _call(tensors, arguments[10:20])
+    float_ridge, rows = _as_call_takes(ridge, bias)
+    others = (float_ridge, scale, rows, probe)
+    _, _, _, dridge, dscale, dbias, dprobe = call.backward(
+        grad_out, lse.data_ptr(), state, q, k, v, *others, (dq, dk, dv)
+    )
+    return (
+        *(dq, dk, dv),
+        results[3] if ridge is None or dridge is None else dridge.to(ridge.dtype),
+        results[4] if dscale is None else dscale,
+        results[5] if dbias is None else dbias[..., None],
+        results[6] if dprobe is None else dprobe,
+    )
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:

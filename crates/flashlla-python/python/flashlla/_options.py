@@ -87,6 +87,17 @@ def check_axes(argument: str, shape: Any, layout: str) -> None:
         raise ValueError(f"{argument}: shape {list(shape)} does not fit; it must have the axes of layout '{layout}'")
 
 
+def sizes(shape: Any, layout: str) -> tuple[int, int, int, int]:
+    """Batch, heads, tokens and dim of a tensor of that shape."""
+    if layout == "bhnd":
+        return (shape[0], shape[1], shape[2], shape[3])
+    if layout == "bnhd":
+        return (shape[0], shape[2], shape[1], shape[3])
+    if layout == "bnd":
+        return (shape[0], 1, shape[1], shape[2])
+    return (1, shape[1], shape[0], shape[2])
+
+
 def heads_first(x: Any, layout: str) -> Any:
     """A tensor or array of a layout as `[batch, head, token, dim]`: a view."""
     if layout == "bhnd":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlla import _eager
 from flashlla._operators import forward
 from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, integers, ridge_axes
 
@@ -68,6 +69,10 @@ def attention(
     dtype = _autocast(device.type)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
+    if q.is_cuda and not diagnostics and not torch.compiler.is_compiling():
+        short = _eager.attention(q, k, v, ridge, scale, bias, probe, cu_seqlens, options, layout, out_dtype)
+        if short is not None:
+            return short, ()
     _check("q", q, q)
     _check("k", k, q)
     _check("v", v, q)
@@ -101,14 +106,19 @@ def attention(
     elif cu_seqlens is not None:
         cu_seqlens = torch.tensor(integers("cu_seqlens", cu_seqlens), dtype=torch.int64)
 
-    factor = None
+    root = None
     if isinstance(scale, Tensor):
         _floating("scale", scale)
-        if scale.numel() == 1 and device.type == "cpu":
+        if diagnostics and (scale.numel() > 1 or device.type != "cpu"):
+            # Mean keys and probes are those of the rescaled call.
+            root = _grouped(_ratio(scale, q, k), q, k).detach().sqrt()
+        if device.type != "cpu":
+            scale = scale.to(device)
+        elif scale.numel() == 1:
             scale = scale.reshape(())
         else:
             out_dtype = q.dtype if out_dtype is None else out_dtype
-            q, k, v, ridge, probe, factor = _rescaled(q, k, v, ridge_value if ridge is None else ridge, probe, scale)
+            q, k, v, ridge, probe = _rescaled(q, k, v, ridge_value if ridge is None else ridge, probe, scale)
             scale = None
     elif scale is not None:
         scale_value, scale = _number("scale", scale), None
@@ -136,10 +146,27 @@ def attention(
     if diagnostics:
         # On a GPU tokens and dims are padded to whole tiles.
         key_mean, used = state[:, :, :, : q.shape[2], : q.shape[3]]
-        if factor is not None:
-            key_mean, used = key_mean / factor, used * factor
+        if root is not None:
+            key_mean, used = key_mean / root, used * root
         rest = (lse, key_mean, used, solves[1].view(torch.int32), solves[0])
     return as_laid_out(out, layout), rest
+
+
+def _ratio(scale: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The scale over the default one, `[KV heads or 1, 1, 1]`."""
+    if scale.dim() > 1 or scale.numel() not in (1, k.shape[1]):
+        raise ValueError(
+            f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{k.shape[1]}] (KV heads)"
+        )
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    ratio: Tensor = scale.to(q.device, wide).reshape(-1, 1, 1) * q.shape[3] ** 0.5
+    return ratio
+
+
+def _grouped(ratio: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The same of query heads."""
+    grouped: Tensor = ratio if ratio.shape[0] == 1 else ratio.repeat_interleave(q.shape[1] // k.shape[1], 0)
+    return grouped
 
 
 def _rescaled(
@@ -149,23 +176,16 @@ def _rescaled(
     ridge: float | Tensor,
     probe: Tensor | None,
     scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """A scale per KV head, or one on a GPU, as a call with the default scale.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """A scale per KV head on the CPU, as a call with the default scale; `_cuda.Call` says how, and does it on a GPU.
 
-    Queries and keys times `a` with the default scale s have the logits of scale s·a², and with ridges times `a²` the same fit:
-    the probe is divided by `a` where it meets keys that are multiplied with it. Nothing is read back from a GPU. Half
-    precision would round `a·q` and `a·k` once more, so they become float32.
+    The gradient of the scale is left to autograd here: in float32 and with solves to 1e-6, which the CPU engine has, the sums
+    over q and k keep enough digits.
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if scale.dim() > 1 or scale.numel() not in (1, kv_heads):
-        raise ValueError(
-            f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{kv_heads}] (KV heads)"
-        )
-    wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    ratio = scale.to(q.device, wide).reshape(-1, 1, 1) * q.shape[3] ** 0.5
-    grouped = ratio if ratio.shape[0] == 1 else ratio.repeat_interleave(heads // kv_heads, 0)
-    ridges = grouped.reshape(1, -1, 1) * (ridge.to(wide) if isinstance(ridge, Tensor) else ridge)
-    root, k_root = grouped.sqrt(), ratio.sqrt()
+    ratio = _ratio(scale, q, k)
+    grouped = _grouped(ratio, q, k)
+    ridges = grouped.reshape(1, -1, 1) * (ridge.to(ratio.dtype) if isinstance(ridge, Tensor) else ridge)
+    root = grouped.sqrt()
     if probe is not None:
         probe = probe / root
-    return q.to(wide) * root, k.to(wide) * k_root, v.to(wide), ridges, probe, root.detach()
+    return q.to(ratio.dtype) * root, k.to(ratio.dtype) * ratio.sqrt(), v.to(ratio.dtype), ridges, probe

@@ -59,9 +59,11 @@ pub struct BackwardPlan {
     key: Variants,
     /// First query that sees a block of keys, and one past the last.
     seen_by: Option<[Vec<i32>; 2]>,
+    scratch: Scratch,
 }
 
 /// Where the scratch of a backward lies, from its beginning.
+#[derive(Debug)]
 struct Scratch {
     tables: Tables,
     seen_by: [u64; 2],
@@ -77,6 +79,41 @@ struct Scratch {
     y: u64,
     covariance: u64,
     bytes: usize,
+}
+
+impl Scratch {
+    /// `converts` are those of inputs, of the outputs' gradient and of probes; `seen_by` the bytes of one such table.
+    fn new(core: &Core, converts: [&Convert; 3], seen_by: usize) -> Self {
+        let [heads, kv_heads] = core.heads();
+        let (rows, key_rows) = (heads * core.padded_queries(), kv_heads * core.padded_keys());
+        let mut places = Places::default();
+        let places = &mut places;
+        let half = |places: &mut Places, rows: usize| places.take(rows * core.width * 2);
+        let [inputs, grad, states] = converts;
+        Self {
+            tables: core.place_tables(places),
+            seen_by: [places.take(seen_by), places.take(seen_by)],
+            convert: [
+                inputs.place(key_rows.max(rows), places),
+                grad.place(rows, places),
+                states.place(rows, places),
+            ],
+            units: [places.take(2 * kv_heads * 4), places.take(2 * heads * 4), places.take(2 * heads * 4)],
+            halves: [
+                half(places, key_rows),
+                half(places, key_rows),
+                half(places, rows),
+                half(places, rows),
+                half(places, rows),
+                half(places, rows),
+            ],
+            mean: places.take(rows * 4),
+            numbers: places.take(rows * 16 * 2),
+            y: places.take(rows * core.width * 4),
+            covariance: places.take(rows * core.width * 4),
+            bytes: places.0,
+        }
+    }
 }
 
 impl BackwardPlan {
@@ -102,6 +139,8 @@ impl BackwardPlan {
             core.use_block(kernel.block[0]);
         }
         let seen_by = core.queries_of_keys(key.block[1]);
+        let table = seen_by.as_ref().map_or(0, |[first, _]| first.len() * 4);
+        let scratch = Scratch::new(&core, [&convert, &convert_grad, &convert_f32], table);
         Ok(Self {
             core,
             bytes: size_of::<O>(),
@@ -112,6 +151,7 @@ impl BackwardPlan {
             query,
             key,
             seen_by,
+            scratch,
         })
     }
 
@@ -136,40 +176,7 @@ impl BackwardPlan {
 
     /// The scratch that a backward needs, in bytes: O((N + M) D) per head.
     pub fn scratch_bytes(&self) -> usize {
-        self.scratch().bytes
-    }
-
-    fn scratch(&self) -> Scratch {
-        let core = &self.core;
-        let [heads, kv_heads] = core.heads();
-        let (rows, key_rows) = (heads * core.padded_queries(), kv_heads * core.padded_keys());
-        let seen_by = self.seen_by.as_ref().map_or(0, |[first, _]| first.len() * 4);
-        let mut places = Places::default();
-        let places = &mut places;
-        let half = |places: &mut Places, rows: usize| places.take(rows * core.width * 2);
-        Scratch {
-            tables: core.place_tables(places),
-            seen_by: [places.take(seen_by), places.take(seen_by)],
-            convert: [
-                self.convert.place(key_rows.max(rows), places),
-                self.convert_grad.place(rows, places),
-                self.convert_f32.place(rows, places),
-            ],
-            units: [places.take(2 * kv_heads * 4), places.take(2 * heads * 4), places.take(2 * heads * 4)],
-            halves: [
-                half(places, key_rows),
-                half(places, key_rows),
-                half(places, rows),
-                half(places, rows),
-                half(places, rows),
-                half(places, rows),
-            ],
-            mean: places.take(rows * 4),
-            numbers: places.take(rows * 16 * 2),
-            y: places.take(rows * core.width * 4),
-            covariance: places.take(rows * core.width * 4),
-            bytes: places.0,
-        }
+        self.scratch.bytes
     }
 
     /// Puts a backward into `stream`; see [`super::ForwardPlan::run`].
@@ -193,7 +200,7 @@ impl BackwardPlan {
         }
         let context = &*core.engine.context;
         let _entered = context.enter()?;
-        let at = self.scratch();
+        let at = &self.scratch;
         let own = match scratch {
             Some(_) => None,
             None => Some(Memory::new(context, stream, at.bytes)?),

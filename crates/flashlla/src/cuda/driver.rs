@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
+use smallvec::SmallVec;
 use std::ffi::{CString, c_void};
 use std::ptr;
 use std::sync::Arc;
@@ -231,7 +232,9 @@ impl<'a> Memory<'a> {
         let mut ptr = 0;
         // SAFETY: the pool belongs to the context, which is current; the caller vouches for the stream.
         let result = unsafe { sys::cuMemAllocFromPoolAsync(&mut ptr, bytes.max(1), context.pool, stream) };
-        check(result, &format!("taking {bytes} bytes of GPU memory"))?;
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(failed(result, &format!("taking {bytes} bytes of GPU memory")));
+        }
         Ok(Self { ptr, bytes, stream, context })
     }
 
@@ -339,7 +342,7 @@ impl Function {
     /// # Safety
     /// The arguments must be those that the kernel takes, and its accesses within live device memory.
     pub unsafe fn launch(&self, grid: [u32; 3], arguments: &Arguments, stream: RawStream) -> Result<()> {
-        let mut pointers: Vec<*mut c_void> =
+        let mut pointers: SmallVec<[*mut c_void; ARGUMENTS]> =
             arguments.0.iter().map(|x| ptr::from_ref(x).cast_mut().cast()).collect();
         // The thread count inside a tile block is the compiler's business: a block is launched as 1 x 1 x 1.
         // SAFETY: the pointers are to 8 live bytes each, of which the driver reads as many as the parameter has.
@@ -358,7 +361,11 @@ impl Function {
                 ptr::null_mut(),
             )
         };
-        check(result, &format!("launching {}", self.name))
+        // Words are put together only for an error: this is on the way of every launch.
+        if result == CUresult::CUDA_SUCCESS {
+            return Ok(());
+        }
+        Err(failed(result, &format!("launching {}", self.name)))
     }
 }
 
@@ -371,9 +378,12 @@ impl Drop for Function {
     }
 }
 
+/// As many as any kernel takes; more would go to the heap.
+const ARGUMENTS: usize = 64;
+
 /// The arguments of a launch, in order: 8 bytes for each, little-endian, whatever its size.
 #[derive(Debug, Clone, Default)]
-pub struct Arguments(Vec<u64>);
+pub struct Arguments(SmallVec<[u64; ARGUMENTS]>);
 
 impl Arguments {
     pub fn new() -> Self {
@@ -406,7 +416,7 @@ impl Arguments {
 
     /// Those of another list.
     pub fn then(mut self, others: &Self) -> Self {
-        self.0.extend(&others.0);
+        self.0.extend_from_slice(&others.0);
         self
     }
 }

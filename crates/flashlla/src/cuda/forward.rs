@@ -47,9 +47,11 @@ pub struct ForwardPlan {
     convert: Convert,
     forward: Variants,
     poison: Variants,
+    scratch: Scratch,
 }
 
 /// Where the scratch of a forward lies, from its beginning.
+#[derive(Debug)]
 struct Scratch {
     tables: Tables,
     convert: ConvertScratch,
@@ -60,6 +62,26 @@ struct Scratch {
     residual: u64,
     probe: u64,
     bytes: usize,
+}
+
+impl Scratch {
+    fn new(core: &Core, convert: &Convert) -> Self {
+        let [rows, key_rows] = core.heads();
+        let (rows, key_rows) = (rows * core.padded_queries(), key_rows * core.padded_keys());
+        let mut places = Places::default();
+        let places = &mut places;
+        Self {
+            tables: core.place_tables(places),
+            convert: convert.place(key_rows, places),
+            unit: places.take(2 * core.heads()[1] * 4),
+            kh: places.take(key_rows * core.width * 2),
+            vh: places.take(key_rows * core.width * 2),
+            key_mean: places.take(rows * core.width * 4),
+            residual: places.take(rows * core.width * 4),
+            probe: places.take(rows * core.width * 4),
+            bytes: places.0,
+        }
+    }
 }
 
 impl ForwardPlan {
@@ -75,7 +97,8 @@ impl ForwardPlan {
         let forward = core.find("lla_forward", dtype, high, options.bias)?;
         let poison = core.find("lla_poison", dtype, false, false)?;
         core.use_block(forward.block[0]);
-        Ok(Self { core, bytes: size_of::<T>(), convert, forward, poison })
+        let scratch = Scratch::new(&core, &convert);
+        Ok(Self { core, bytes: size_of::<T>(), convert, forward, poison, scratch })
     }
 
     pub(super) fn context(&self) -> &Context {
@@ -99,26 +122,7 @@ impl ForwardPlan {
 
     /// The scratch that a forward needs, in bytes: O((N + M) D) per head.
     pub fn scratch_bytes(&self) -> usize {
-        self.scratch().bytes
-    }
-
-    fn scratch(&self) -> Scratch {
-        let core = &self.core;
-        let [rows, key_rows] = core.heads();
-        let (rows, key_rows) = (rows * core.padded_queries(), key_rows * core.padded_keys());
-        let mut places = Places::default();
-        let places = &mut places;
-        Scratch {
-            tables: core.place_tables(places),
-            convert: self.convert.place(key_rows, places),
-            unit: places.take(2 * core.heads()[1] * 4),
-            kh: places.take(key_rows * core.width * 2),
-            vh: places.take(key_rows * core.width * 2),
-            key_mean: places.take(rows * core.width * 4),
-            residual: places.take(rows * core.width * 4),
-            probe: places.take(rows * core.width * 4),
-            bytes: places.0,
-        }
+        self.scratch.bytes
     }
 
     /// Puts a forward into `stream`. Nothing is waited for, and nothing outlives the work in the stream but what `pointers`
@@ -163,7 +167,7 @@ impl ForwardPlan {
         }
         let context = &*core.engine.context;
         let _entered = context.enter()?;
-        let at = self.scratch();
+        let at = &self.scratch;
         let own = match scratch {
             Some(_) => None,
             None => Some(Memory::new(context, stream, at.bytes)?),

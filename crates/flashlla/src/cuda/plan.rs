@@ -136,6 +136,7 @@ pub(super) struct Core {
 }
 
 /// Where a core's tables lie in the scratch.
+#[derive(Debug)]
 pub(super) struct Tables {
     ranges: [u64; 2],
     bounds: Vec<u64>,
@@ -390,6 +391,7 @@ pub(super) struct Convert {
 }
 
 /// Memory that [`Convert`] works in, for up to two tensors.
+#[derive(Debug)]
 pub(super) struct ConvertScratch {
     amax: u64,
     bad: u64,
