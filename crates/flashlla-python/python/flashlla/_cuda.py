@@ -18,7 +18,7 @@ _TOKENS = 128
 _NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 # The shape of one number per KV head beside q, k and v of a layout.
-_PER_HEAD = {"bhnd": (-1, 1, 1), "bnhd": (-1, 1), "nhd": (-1, 1), "bnd": ()}
+_PER_HEAD = {"bhnd": (-1, 1, 1), "bnhd": (-1, 1), "nhd": (-1, 1), "bnd": (1, 1)}
 
 # Calls that a graph of CUDA's may repeat.
 _CAPTURED: set[Call] = set()
@@ -159,7 +159,9 @@ class Call:
                 f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{self.kv_heads}] (KV heads)"
             )
         ratio = scale.to(torch.float32).reshape(-1) * self.head_dim**0.5
-        return ratio, ratio if len(ratio) == 1 else ratio.repeat_interleave(self.rows[1] // self.kv_heads)
+        group = self.rows[1] // self.kv_heads
+        # `repeat_interleave` takes several kernels.
+        return ratio, ratio if len(ratio) == 1 or group == 1 else ratio[:, None].expand(-1, group).reshape(-1)
 
     def _folded(
         self, q: Tensor, k: Tensor, v: Tensor, ridge: Tensor | None, scale: Tensor
@@ -167,9 +169,11 @@ class Call:
         ratio, grouped = self._ratio(scale)
         axes = _PER_HEAD[self.layout]
         ridges = self.ridge if ridge is None else ridge.reshape(1, -1, 1) if ridge.dim() == 1 else ridge
+        root = ratio.sqrt()
+        # Products with float32 are float32.
         return (
-            q.float() * grouped.sqrt().reshape(axes),
-            k.float() * ratio.sqrt().reshape(axes),
+            q * (root if grouped is ratio else grouped.sqrt()).reshape(axes),
+            k * root.reshape(axes),
             v.float(),
             grouped.reshape(1, -1, 1) * ridges,
         )
@@ -327,15 +331,15 @@ class Call:
         """
         ratio, grouped = self._ratio(scale)
         axes = _PER_HEAD[self.layout]
-        factors = (grouped.sqrt().reshape(axes), ratio.sqrt().reshape(axes), None)
-        results = []
-        for i, (gradient, factor) in enumerate(zip(found, factors, strict=True)):
-            gradient = gradient if factor is None else gradient.mul_(factor)
-            results.append(gradient.to(given[i].dtype) if into is None else into[i].copy_(gradient))
+        dq, dk, dv = (torch.empty_like(x) for x in given) if into is None else into
+        root = ratio.sqrt()
+        torch.mul(found[0], (root if grouped is ratio else grouped.sqrt()).reshape(axes), out=dq)
+        torch.mul(found[1], root.reshape(axes), out=dk)
+        dv.copy_(found[2])
         per_query[0].mul_(grouped.reshape(-1, 1))
         heads = per_query[1].sum((0, 2)) / grouped
         by_head = heads.sum() if scale.numel() == 1 else heads.reshape(self.kv_heads, -1).sum(1)
-        return results[0], results[1], results[2], by_head.reshape(scale.shape).to(scale.dtype)
+        return dq, dk, dv, by_head.reshape(scale.shape).to(scale.dtype)
 
     def _ridge_gradient(self, ridge: Tensor, probe: Tensor | None, per_query: Tensor) -> Tensor:
         if probe is not None:
