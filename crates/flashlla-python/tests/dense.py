@@ -57,3 +57,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, ridge=10.0, scale=None, bias=N
     gram = gram + (~seen.any(-1)).to(q.dtype)[:, None, None] * torch.eye(q.shape[3] + 1, dtype=q.dtype)
     moments = (design * p[..., None]).mT @ v[:, :, None]
     return torch.linalg.solve(gram, moments)[..., 0, :]
+
+
+def scale_terms(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, grad_out: Tensor, **options) -> Tensor:
+    """The terms, one for each query, of which a scale's gradient is the sum: `[B, HQ, N, 1]`."""
+    grouped = scale.reshape(-1, 1, 1).repeat_interleave(q.shape[1] // scale.numel(), 0)
+    per_query = grouped.expand(*q.shape[:3], 1).clone().requires_grad_()
+    (terms,) = torch.autograd.grad(attention(q, k, v, scale=per_query, **options), per_query, grad_out)
+    return terms

@@ -4,6 +4,7 @@ import functools
 import gc
 import time
 
+import dense
 import flashlla
 import pytest
 import torch
@@ -16,6 +17,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 # Of outputs and gradients, relative to float64 on the rounded inputs, at ridges of 1 and above: search directions are fp16,
 # outputs are rounded to their type.
 OUT, GRADIENT = 5e-3, 2e-2
+# Of a scale's gradient, relative to the norm of its terms, one for each query: solves to 3e-3 and roundings to fp16 leave
+# independent errors in them, and so an error in their sum that goes with their norm, however small the sum is.
+SCALE = {"standard": 1e-2, "high": 3e-3}
 
 
 def leaves(dtype=torch.bfloat16, shapes=((2, 4, 200, 64), (2, 2, 200, 64), (2, 2, 200, 48))) -> list[torch.Tensor]:
@@ -50,8 +54,6 @@ def test_tensors(dtype: torch.dtype, mask: dict) -> None:
         {"ridge": torch.tensor(2.0)},
         {"ridge": torch.tensor([1.0, 2.0, 3.0, 4.0])},
         {"ridge": 1 + torch.rand(2, 1, 200, generator=torch.Generator().manual_seed(0))},
-        {"scale": torch.tensor(0.1)},
-        {"scale": torch.tensor([0.1, 0.2])},
         {"bias": random(200, seed=5, dtype=torch.float32)},
         {"bias": random(1, 2, 200, seed=5, dtype=torch.float32)},
         {"bias": random(2, 4, 200, seed=5, dtype=torch.float32)},
@@ -62,6 +64,31 @@ def test_tensors(dtype: torch.dtype, mask: dict) -> None:
 def test_other_gradients(others: dict) -> None:
     tensors = dict(zip("qkv", leaves(), strict=True)) | others
     both(lambda **x: flashlla.attention(**({"ridge": 2.0} | x), causal=True), tensors)
+
+
+@pytest.mark.parametrize("precision", ["standard", "high"])
+@pytest.mark.parametrize("scale", [torch.tensor(0.1), torch.tensor([0.1, 0.2])], ids=["one", "heads"])
+def test_gradients_with_a_scale(scale: torch.Tensor, precision: str) -> None:
+    options = {"ridge": 2.0, "causal": True}
+    exact = [x.double().requires_grad_() for x in (*leaves(), scale)]
+    mine = [x.cuda().requires_grad_() for x in (*leaves(), scale)]
+    out = flashlla.attention(*mine[:3], scale=mine[3], precision=precision, **options)
+    want = flashlla.attention(*exact[:3], scale=exact[3], **options)
+    assert_near(out.cpu(), want, OUT, "out")
+    weights = random(*want.shape, seed=9).bfloat16()
+    terms = dense.scale_terms(*(x.detach() for x in exact), weights.double(), **options)
+    found = torch.autograd.grad(out, mine, weights.cuda(), retain_graph=True)
+    wanted = torch.autograd.grad(want, exact, weights.double(), retain_graph=True)
+    for name, a, b in zip("qkv", found, wanted, strict=False):
+        assert_near(a.cpu(), b, GRADIENT, f"d{name}")
+    off = (found[3].cpu().double() - wanted[3]).norm()
+    print(f"dscale {found[3].tolist()}, exactly {wanted[3].tolist()}: off by {off / terms.norm():.1e} of its terms' norm")
+    assert off <= SCALE[precision] * terms.norm()
+    # Where all terms have one sign nothing cancels, and the sum itself is as good as they are.
+    signed = weights * terms.sign()
+    found = torch.autograd.grad(out, mine[3], signed.cuda())[0]
+    wanted = torch.autograd.grad(want, exact[3], signed.double())[0]
+    assert_near(found.cpu(), wanted, 5e-3, "dscale of one sign")
 
 
 @pytest.mark.parametrize("layout", ["bnhd", "bnd", "nhd"])

@@ -118,6 +118,20 @@ def test_a_scale_per_head_in_half_precision(dtype: torch.dtype) -> None:
         assert_near(a, b, 1e-2)
 
 
+def test_error_of_a_scales_gradient_goes_with_its_terms() -> None:
+    """In float64, with the tolerance that solves have on a GPU: the terms of the queries nearly cancel, their errors do not."""
+    q, k, v = (random(1, 2, 120, 48, seed=i, dtype=torch.bfloat16).double() for i in range(3))
+    scale = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    weights = random(1, 2, 120, 48, seed=9)
+    options = {"ridge": 2.0, "causal": True}
+    terms = dense.scale_terms(q, k, v, scale.detach(), weights, **options)
+    for tolerance in (3e-3, 1e-4):
+        out = flashlla.attention(q, k, v, scale=scale, solver="cg", tolerance=tolerance, **options)
+        off = (torch.autograd.grad(out, scale, weights)[0] - terms.sum()).abs()
+        print(f"tolerance {tolerance}: {off / terms.norm():.1e} of the terms' norm, {off / terms.sum().abs():.1e} of their sum")
+        assert off <= 3 * tolerance * terms.norm()
+
+
 def test_a_ridge_in_single_precision_keeps_its_type() -> None:
     q, k, v = inputs(grad=False)
     ridge = torch.ones(4, requires_grad=True)

@@ -67,7 +67,9 @@ def attention(
             key units, relative to weights that sum to 1. What is not greater than 0 is an error on the CPU; on a GPU tensors
             are not looked at, because that would wait for the GPU.
         scale: factor on q·k in the logits, the inverse bandwidth (default D^-0.5): a number, a tensor `[]`, or a tensor `[H]`
-            of positive numbers, one for each KV head.
+            of positive numbers, one for each KV head. Its gradient is a sum over queries whose terms may nearly cancel. Their
+            errors do not: relative to the root of the sum of the terms' squares the error is about that of the solves, on a
+            GPU 3e-3, or 1e-3 with precision "high".
         causal: a query sees the keys up to its own position.
         window: a query at position i sees only keys j > i - window.
         cu_seqlens: running sums of the lengths of packed sequences, from 0 to M; a list, or an integer tensor (on a GPU it is
