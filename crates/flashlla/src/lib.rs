@@ -64,9 +64,11 @@
 //! - Memory beyond inputs and outputs is `O(N·D)`; results do not depend on the number of threads.
 
 pub mod attention;
+pub mod cache;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod decoding;
 mod element;
 mod engine;
 mod error;
@@ -78,9 +80,11 @@ mod tensor;
 mod view;
 
 pub use attention::{Attention, AttentionBuilder, MAX_HEAD_DIM, Problem};
+pub use cache::{CacheShape, CacheView, KvCache};
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
+pub use decoding::{Decoding, MAX_DECODE_QUERIES};
 pub use element::{Element, Real};
 pub use engine::{Diagnostics, Engine, Forward, Gradients, OtherGradients, State};
 pub use error::{Error, Result};
