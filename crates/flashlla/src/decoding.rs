@@ -2,8 +2,8 @@
 
 use crate::attention::{check_bias, expect_shape};
 use crate::{
-    Attention, AttentionBuilder, CacheView, Diagnostics, Element, Engine, Error, Mask, Result, Ridge,
-    State, Tensor, View, ViewMut, Visible,
+    Attention, AttentionBuilder, CacheView, Diagnostics, Element, Engine, Error, Mask, Result, Ridge, State,
+    Tensor, View, ViewMut, Visible,
 };
 
 /// The most new queries per sequence of a [`Decoding`].
@@ -58,7 +58,11 @@ impl Attention {
             return Err(Error::value("cache", format!("value_dim {}", cache.value_dim()), allowed));
         }
         if self.mask().sequences().is_some() {
-            return Err(Error::value("cu_seqlens", "a mask with it", "left out: a cache has its own lengths"));
+            return Err(Error::value(
+                "cu_seqlens",
+                "a mask with it",
+                "left out: a cache has its own lengths",
+            ));
         }
         if self.mask().offset() != 0 {
             let allowed = "0: the cache's lengths say where queries stand";
@@ -156,7 +160,8 @@ pub(crate) fn by_forward<T: Element, O: Element>(
             Tensor::new(rows, &[1, kv_heads, length, dim])
         };
         let (k, v, q) = (gather(cache.k()), gather(cache.v()), of_batch(&decoding.q, b, queries));
-        let bias = decoding.bias.map(|bias| of_batch(&bias, if bias.shape()[0] == 1 { 0 } else { b }, length));
+        let bias =
+            decoding.bias.map(|bias| of_batch(&bias, if bias.shape()[0] == 1 { 0 } else { b }, length));
         let probe = decoding.probe.map(|probe| of_batch(&probe, b, queries));
         let mut problem = one.problem(q.view(), k.view(), v.view())?;
         if let Some(bias) = &bias {

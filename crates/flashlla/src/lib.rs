@@ -49,6 +49,9 @@
 //! # Ok::<(), flashlla::Error>(())
 //! ```
 //!
+//! To generate token by token, keep keys and values in a [`KvCache`], or describe your own with a [`CacheView`], and hand an
+//! [`Attention::decoding`] to [`Engine::decode`]: one example is at [`KvCache`].
+//!
 //! [`Cpu`] runs anywhere. With the feature `cuda` there is an engine for NVIDIA GPUs, `Cuda`, with the same interface; it
 //! computes in fp16 and `f32` and refuses `f64`.
 //!

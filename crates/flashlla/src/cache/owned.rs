@@ -231,9 +231,7 @@ impl<T: Element> KvCache<T> {
         for head in 0..self.shape.kv_heads {
             for slot in 0..tokens {
                 let (from, to) = (self.row(from, slot, head), self.row(to, slot, head));
-                for (pool, dim) in
-                    [(&mut self.k, self.shape.head_dim), (&mut self.v, self.shape.value_dim)]
-                {
+                for (pool, dim) in [(&mut self.k, self.shape.head_dim), (&mut self.v, self.shape.value_dim)] {
                     pool.copy_within(from * dim..(from + 1) * dim, to * dim);
                 }
             }

@@ -68,7 +68,11 @@ impl Paging {
         }
         let width = table.len().checked_div(sequences).unwrap_or(0);
         if width.checked_mul(page_size).is_none() {
-            return Err(Error::value("block_table", width, "small enough pages per sequence for 64-bit tokens"));
+            return Err(Error::value(
+                "block_table",
+                width,
+                "small enough pages per sequence for 64-bit tokens",
+            ));
         }
         let this = Self { page_size, pages, width, table: table.to_vec(), lengths: lengths.to_vec() };
         this.check_lengths("that the block table has pages for")?;

@@ -5,8 +5,8 @@
 //! refinement, whose residual comes from the keys themselves rather than from the formed matrix.
 
 use super::block::{Arith, Weights};
-use super::product::{Left, Right};
 use super::cholesky::Cholesky;
+use super::product::{Left, Right};
 use super::solve::{Cg, Matrices, Systems, relative};
 use super::{LANES, TILE};
 use crate::Real;

@@ -30,7 +30,8 @@ pub use widen::Widen;
 
 use crate::engine::{check_gradients, check_out};
 use crate::{
-    Decoding, Element, Engine, Error, OtherGradients, Precision, Problem, Real, Result, State, Tensor, View, ViewMut,
+    Decoding, Element, Engine, Error, OtherGradients, Precision, Problem, Real, Result, State, Tensor, View,
+    ViewMut,
 };
 use rows::{Inputs, ReadRows, WriteRows};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -39,43 +39,53 @@ impl Widen for bf16 {
     }
 }
 
+/// `out = values − origin` for as many numbers as a register has, which the compiler then knows.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn less<C: Real, const N: usize>(values: &[f32; N], origin: &[C; N], out: &mut [C; N]) {
+    for i in 0..N {
+        out[i] = C::of_f32(values[i]) - origin[i];
+    }
+}
+
 impl Widen for f16 {
     #[inline(always)]
     fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
+        // Numbers that registers were filled with.
+        #[allow(unused_mut)]
         let mut done = 0;
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_loadu_si256, _mm512_cvtph_ps};
             let len = from.len().min(origin.len()).min(out.len());
-            let mut wide = |done: usize, values: &[f32]| {
-                for ((out, &x), &origin) in out[done..].iter_mut().zip(values).zip(&origin[done..]) {
-                    *out = C::of_f32(x) - origin;
-                }
-            };
+            let (from, origin, out) = (&from[..len], &origin[..len], &mut out[..len]);
             // pulp's registers of 16 and 8 `f32` on this architecture come with AVX-512F and with AVX2 and F16C.
             if S::F32_LANES == 16 {
-                while done + 16 <= len {
-                    // SAFETY: 16 numbers of 16 bits from `done` on are there, and so is the instruction.
+                let (parts, _) = from.as_chunks::<16>();
+                for ((from, origin), out) in parts.iter().zip(origin.as_chunks().0).zip(out.as_chunks_mut().0)
+                {
+                    // SAFETY: 16 numbers of 16 bits are there, and so is the instruction.
                     let values: [f32; 16] = unsafe {
-                        std::mem::transmute(_mm512_cvtph_ps(_mm256_loadu_si256(
-                            from.as_ptr().add(done).cast(),
-                        )))
+                        std::mem::transmute(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())))
                     };
-                    wide(done, &values);
-                    done += 16;
+                    less(&values, origin, out);
                 }
+                done = parts.len() * 16;
             } else if S::F32_LANES == 8 {
-                while done + 8 <= len {
-                    // SAFETY: 8 numbers of 16 bits from `done` on are there, and so is the instruction.
+                let (parts, _) = from.as_chunks::<8>();
+                for ((from, origin), out) in parts.iter().zip(origin.as_chunks().0).zip(out.as_chunks_mut().0)
+                {
+                    // SAFETY: 8 numbers of 16 bits are there, and so is the instruction.
                     let values: [f32; 8] = unsafe {
-                        std::mem::transmute(_mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(done).cast())))
+                        std::mem::transmute(_mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())))
                     };
-                    wide(done, &values);
-                    done += 8;
+                    less(&values, origin, out);
                 }
+                done = parts.len() * 8;
             }
         }
-        each(&from[done..], &origin[done..], &mut out[done..], |x| x.to_real());
+        let len = from.len().min(origin.len()).min(out.len());
+        each(&from[done..len], &origin[done..len], &mut out[done..len], |x| x.to_real());
     }
 }
 

@@ -1,16 +1,19 @@
 //! What happens to a tile of keys or values: read from wherever it lies, products with a few query rows, weights.
 
-use crate::cache::CacheView;
+use crate::cache::{CacheView, Paging};
 use crate::cpu::TILE;
 use crate::cpu::simd::SimdReal;
 use crate::{Element, Real, View};
 use pulp::{Simd, WithSimd};
+use std::ops::Range;
 
 /// The keys or the values of a cache, whatever they are stored in.
 pub trait ReadTile<C>: Sync {
     /// Reads tokens from `first` on, as many as `rows` has rows of `width`, less `origin`. What lies beyond a token's
     /// dimensions is left alone.
     fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]);
+    /// Asks for tokens that will be read soon.
+    fn prefetch(&self, place: [usize; 2], tokens: Range<usize>);
 }
 
 /// One pool of a cache.
@@ -23,6 +26,32 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
     fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]) {
         arch.dispatch(Read { pool: self, place, first, rows, origin });
     }
+
+    fn prefetch(&self, [sequence, head]: [usize; 2], tokens: Range<usize>) {
+        for_each_place(self.cache.paging(), sequence, tokens, |_, page, slot| {
+            if let Some(row) = self.view.row(page, head, slot).as_slice() {
+                // Lines of 64 bytes come in pairs.
+                row.chunks(128 / size_of::<T>()).for_each(|lines| prefetch(lines.as_ptr()));
+            }
+        });
+    }
+}
+
+/// Calls `f` with every token's number among them, page and slot: page by page, so that places are looked up once per page.
+#[inline(always)]
+fn for_each_place(
+    paging: &Paging,
+    sequence: usize,
+    tokens: Range<usize>,
+    mut f: impl FnMut(usize, usize, usize),
+) {
+    let mut done = 0;
+    while done < tokens.len() {
+        let (page, slot) = paging.place(sequence, tokens.start + done);
+        let here = (paging.page_size() - slot).min(tokens.len() - done);
+        (0..here).for_each(|i| f(done + i, page, slot + i));
+        done += here;
+    }
 }
 
 struct Read<'a, T: Element, C> {
@@ -33,41 +62,16 @@ struct Read<'a, T: Element, C> {
     origin: &'a [C],
 }
 
-impl<T: Element, C: Real> Read<'_, T, C> {
-    /// Calls `f` with every row's number and place: page by page, so that places are looked up once per page.
-    #[inline(always)]
-    fn for_each_place(&self, first: usize, count: usize, mut f: impl FnMut(usize, usize, usize)) {
-        let (paging, mut done) = (self.pool.cache.paging(), 0);
-        while done < count {
-            let (page, slot) = paging.place(self.place[0], first + done);
-            let here = (paging.page_size() - slot).min(count - done);
-            (0..here).for_each(|i| f(done + i, page, slot + i));
-            done += here;
-        }
-    }
-}
-
 impl<T: Element, C: Real> WithSimd for Read<'_, T, C> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let ([sequence, head], view, width) = (self.place, self.pool.view, self.origin.len());
         let count = self.rows.len() / width;
-        // What comes next, on its way while this is worked on: rows of a pool are too far apart for the hardware to guess.
-        let left = self.pool.cache.lengths()[sequence].saturating_sub(self.first + count).min(count);
-        self.for_each_place(self.first + count, left, |_, page, slot| {
-            if let Some(row) = view.row(page, head, slot).as_slice() {
-                for line in row.chunks(64 / size_of::<T>()) {
-                    prefetch(line.as_ptr());
-                }
-            }
-        });
-        let Self { ref origin, .. } = self;
-        let rows = self.rows.as_ptr().cast_mut();
-        self.for_each_place(self.first, count, |i, page, slot| {
+        let (paging, tokens) = (self.pool.cache.paging(), self.first..self.first + count);
+        for_each_place(paging, sequence, tokens, |i, page, slot| {
             let row = view.row(page, head, slot);
-            // SAFETY: row `i` of `count` rows, borrowed mutably by `self.rows`, which nothing else touches meanwhile.
-            let out = unsafe { std::slice::from_raw_parts_mut(rows.add(i * width), width) };
+            let (out, origin) = (&mut self.rows[i * width..][..width], self.origin);
             match row.as_slice() {
                 Some(from) => T::widen(simd, from, origin, out),
                 None => row.for_each(|d, x| out[d] = x.to_real::<C>() - origin[d]),
@@ -170,9 +174,7 @@ impl<T: Real> WithSimd for RootScaled<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let Self { tile, weights, out, width } = self;
-        for ((row, out), &weight) in
-            tile.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(weights)
-        {
+        for ((row, out), &weight) in tile.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(weights) {
             let root = weight.root();
             out.iter_mut().zip(row).for_each(|(out, &x)| *out = root * x);
         }

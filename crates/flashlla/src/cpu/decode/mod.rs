@@ -21,9 +21,7 @@ use super::solve::{Solved, Systems, solve};
 use super::tasks::{BlockReport, Sinks, gathered};
 use super::{LANES, Run, TILE, Targets, is_hard, padded};
 use crate::decoding::check_out;
-use crate::{
-    Attention, Decoding, Element, Error, Precision, Real, Result, Solver, State, Tensor, ViewMut,
-};
+use crate::{Attention, Decoding, Element, Error, Precision, Real, Result, Solver, State, Tensor, ViewMut};
 use kernels::Pool;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -77,16 +75,17 @@ fn splits(rows: &[Row], heads: usize) -> Vec<Range<usize>> {
 }
 
 /// Whether the first pass is to sum second moments.
-fn sums_moments(a: &Attention, rows: usize) -> bool {
+///
+/// Measured on two AVX-512 cores, `bf16` and λ = 1, contexts of 8,192: for one row per KV head they take 0.94 (D = 64) and 0.66 times
+/// (D = 128) what conjugate gradients to 1e-6 take, for two rows 1.08 and 1.2 times, for four 1.4 and 1.5 times. Few keys do not pay
+/// for a factorisation.
+fn sums_moments(a: &Attention, rows: usize, keys: usize) -> bool {
     match a.solver() {
         Solver::Direct => true,
         Solver::Cg { .. } => false,
-        Solver::Auto { .. } => rows * a.head_dim() <= MOMENTS_UP_TO,
+        Solver::Auto { .. } => rows == 1 && a.head_dim() <= 128 && keys >= 8 * a.head_dim(),
     }
 }
-
-/// Rows times head dimension up to which moments are summed in the first pass.
-const MOMENTS_UP_TO: usize = 128;
 
 pub fn decode_into<T: Element, O: Element>(
     run: Run,
@@ -200,7 +199,7 @@ fn one<C: Real>(run: Run, inputs: &Inputs<C>, task: &Task, sinks: &Sinks<C>) -> 
         }
     }
 
-    let moments = inputs.probe.is_none() && sums_moments(a, n);
+    let moments = inputs.probe.is_none() && sums_moments(a, n, stream.keys());
     let mut weighted = stream.first_pass(&arith, moments);
     residual.iter_mut().zip(&weighted.key_mean).for_each(|(delta, &mean)| *delta += mean);
 

@@ -56,6 +56,30 @@ pub struct Stream<'a, C> {
     pub q: Vec<C>,
 }
 
+/// Tokens that will be read next, asked for a few at a time between products: all at once, products would wait for them; left to
+/// the hardware, they would come only when read, since it does not look beyond what it has seen.
+struct Ahead<'a, C> {
+    from: &'a dyn ReadTile<C>,
+    place: [usize; 2],
+    tokens: Range<usize>,
+    step: usize,
+}
+
+impl<'a, C: Real> Ahead<'a, C> {
+    /// Of a tile, in so many steps.
+    fn new(stream: &Stream<'a, C>, from: &'a dyn ReadTile<C>, tokens: Range<usize>, steps: usize) -> Self {
+        Self { from, place: stream.place, tokens, step: TILE.div_ceil(steps) }
+    }
+
+    fn some(&mut self) {
+        let next = self.tokens.start..self.tokens.end.min(self.tokens.start + self.step);
+        self.tokens.start = next.end;
+        if !next.is_empty() {
+            self.from.prefetch(self.place, next);
+        }
+    }
+}
+
 /// What the first pass finds in a split; vectors of one number or one vector per row.
 struct Found<C> {
     /// By tile and row.
@@ -236,7 +260,11 @@ impl<'a, C: Real> Stream<'a, C> {
             if !self.run.goes_on() {
                 break;
             }
+            let next = first + count..split.end.min(first + count + TILE);
+            let steps = 2 + if moments { n * dim.div_ceil(MOMENT_ROWS) } else { 0 };
+            let mut ahead = Ahead::new(self, self.inputs.k, next, steps);
             let bad_keys = self.read(self.inputs.k, &self.origin, (first, count), &mut keys, careful);
+            ahead.some();
             arch.dispatch(Dots { rows: &self.q, tile: &keys, width, products: &mut weights });
             arith.count([n, TILE, dim]);
             self.add_bias((first, count), &mut weights, &mut found.bad);
@@ -266,13 +294,15 @@ impl<'a, C: Real> Stream<'a, C> {
                     found.sum[row] += arch.dispatch(RowExp(scores, *reference));
                 }
             }
-            let (left, right) = (Left { data: &weights, row: TILE, col: 1 }, Right { data: &keys, row: width });
+            ahead.some();
+            let (left, right) =
+                (Left { data: &weights, row: TILE, col: 1 }, Right { data: &keys, row: width });
             arith.add_product([n, width, TILE], left, right, &mut found.mean);
             for (weights, moments) in
                 weights.chunks_exact(TILE).zip(found.moments.chunks_exact_mut(dim * width))
             {
                 arch.dispatch(RootScaled { tile: &keys, weights, out: &mut scaled, width });
-                add_moments(arith, &scaled, moments, dim, width);
+                add_moments(arith, &scaled, moments, [dim, width], || ahead.some());
             }
         }
         found
@@ -366,13 +396,26 @@ impl<'a, C: Real> Stream<'a, C> {
 }
 
 /// `moments += scaledᵀ scaled`, the upper half in steps of [`MOMENT_ROWS`].
-fn add_moments<C: Real>(arith: &Arith, scaled: &[C], moments: &mut [C], dim: usize, width: usize) {
+/// `between` is called before each of them.
+fn add_moments<C: Real>(
+    arith: &Arith,
+    scaled: &[C],
+    moments: &mut [C],
+    [dim, width]: [usize; 2],
+    mut between: impl FnMut(),
+) {
     for first in (0..dim).step_by(MOMENT_ROWS) {
+        between();
         let rows = MOMENT_ROWS.min(dim - first);
         let left = Left { data: &scaled[first..], row: 1, col: width };
         let right = Right { data: &scaled[first..], row: width };
         let into = &mut moments[first * width + first..];
-        arith.add_product_into([rows, width - first, TILE], left, right, AddProduct { data: into, row: width });
+        arith.add_product_into(
+            [rows, width - first, TILE],
+            left,
+            right,
+            AddProduct { data: into, row: width },
+        );
     }
 }
 
@@ -409,17 +452,22 @@ impl<C: Real> Weighted<'_, C> {
                         if !stream.run.goes_on() {
                             break;
                         }
-                        let at = (first, count);
+                        let (at, next) = ((first, count), first + count..split.end.min(first + count + TILE));
+                        let mut next_keys = Ahead::new(stream, stream.inputs.k, next, 2);
                         stream.read(stream.inputs.k, &stream.origin, at, &mut keys, careful);
+                        let mut next_values = Ahead::new(stream, stream.inputs.v, first..first + count, 2);
+                        let mut ahead =
+                            || if values.is_some() { next_values.some() } else { next_keys.some() };
+                        ahead();
                         arith.arch.dispatch(Dots { rows: d, tile: &keys, width, products: &mut products });
+                        ahead();
                         arith.count([n, TILE, stream.dim()]);
                         for (r, t) in products.chunks_exact_mut(TILE).enumerate() {
                             let w = &weights[(i * all + rows[r]) * TILE..][..TILE];
                             sum[r] += arith.arch.dispatch(Weigh { t, w, shift: shift[r], sign, one });
                         }
                         let right = if values.is_some() {
-                            let bad =
-                                stream.read(stream.inputs.v, &zeros, at, &mut others, careful_values);
+                            let bad = stream.read(stream.inputs.v, &zeros, at, &mut others, careful_values);
                             for (r, spoilt) in spoilt.iter_mut().enumerate() {
                                 let row = &stream.rows[rows[r]];
                                 *spoilt |= bad.iter().any(|&j| self.sees(row, first + j));
@@ -428,11 +476,18 @@ impl<C: Real> Weighted<'_, C> {
                         } else {
                             &keys
                         };
+                        if values.is_some() {
+                            next_keys.some();
+                        }
                         let left = Left { data: &products, row: TILE, col: 1 };
                         let right = Right { data: right, row: out_width };
                         arith.add_product([n, out_width, TILE], left, right, &mut out);
+                        if values.is_some() {
+                            next_keys.some();
+                        }
                     }
-                    for (out, _) in out.chunks_exact_mut(out_width).zip(spoilt).filter(|(_, spoilt)| *spoilt) {
+                    for (out, _) in out.chunks_exact_mut(out_width).zip(spoilt).filter(|(_, spoilt)| *spoilt)
+                    {
                         out.fill(C::NAN);
                     }
                     (sum, out)
@@ -456,7 +511,8 @@ impl<C: Real> Weighted<'_, C> {
     /// Whether a row sees a token; one that a bias of minus infinity hides it does not.
     fn sees(&self, row: &Row, token: usize) -> bool {
         let hidden = self.stream.inputs.bias.is_some_and(|bias| {
-            let (b, h) = self.stream.inputs.attention.bias_place(bias.shape(), self.stream.place[0], row.head);
+            let (b, h) =
+                self.stream.inputs.attention.bias_place(bias.shape(), self.stream.place[0], row.head);
             bias.entry(b, h, token, 0) == C::NEG_INFINITY
         });
         row.visible.contains(token) && !hidden
@@ -543,12 +599,15 @@ impl<C: Real> Matrices<C> for Weighted<'_, C> {
                 let (mut keys, mut scaled) = (vec![C::ZERO; TILE * width], vec![C::ZERO; TILE * width]);
                 let mut sums = vec![C::ZERO; rows.len() * dim * width];
                 for (i, first, count) in Stream::<C>::tiles(split) {
+                    let next = first + count..split.end.min(first + count + TILE);
+                    let steps = rows.len() * dim.div_ceil(MOMENT_ROWS);
+                    let mut ahead = Ahead::new(stream, stream.inputs.k, next, steps);
                     stream.read(stream.inputs.k, &stream.origin, (first, count), &mut keys, careful);
                     for (sums, &row) in sums.chunks_exact_mut(dim * width).zip(rows) {
                         let weights = &weights[(i * all + row) * TILE..][..TILE];
                         let scale = RootScaled { tile: &keys, weights, out: &mut scaled, width };
                         arith.arch.dispatch(scale);
-                        add_moments(&arith, &scaled, sums, dim, width);
+                        add_moments(&arith, &scaled, sums, [dim, width], || ahead.some());
                     }
                 }
                 (sums, arith.flop.get())
