@@ -52,17 +52,7 @@ impl Setup {
 
     /// The most tokens that a sequence can have, in whole pages.
     fn max_len(&self) -> usize {
-        self.lengths.iter().max().unwrap_or(&0).next_multiple_of(self.page_size.unwrap_or(1)).max(1)
-    }
-
-    fn shape(&self) -> CacheShape {
-        CacheShape {
-            sequences: self.lengths.len(),
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            value_dim: self.value_dim,
-            max_len: self.max_len(),
-        }
+        self.lengths.iter().max().unwrap_or(&0).max(&1).next_multiple_of(self.page_size.unwrap_or(1))
     }
 
     pub fn attention(&self) -> Attention {
