@@ -55,7 +55,7 @@ pub fn solve<C: Real>(
             // What rounding of the matrix's entries leaves of the residual, relative and in units of ε.
             let ratio = (arith.dot(x, x) / run.norms[row]).root().as_f64();
             let rounding = (dim as f64).sqrt() * largest * ratio;
-            refine |= !(rounding <= HARDLY);
+            refine |= rounding > HARDLY || rounding.is_nan();
             run.solved.residual[row] = (C::EPSILON.as_f64() * rounding) as f32;
         } else {
             refine = true;

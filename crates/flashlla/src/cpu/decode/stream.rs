@@ -331,7 +331,7 @@ impl<'a, C: Real> Stream<'a, C> {
         let mut reference = vec![C::NEG_INFINITY; n];
         for (found, _) in &found {
             for (all, &one) in reference.iter_mut().zip(&found.reference) {
-                *all = if one > *all || !(one == one) { one } else { *all };
+                *all = if one > *all || one.as_f64().is_nan() { one } else { *all };
             }
         }
         let mut all = Weighted {
@@ -528,7 +528,8 @@ impl<C: Real> Weighted<'_, C> {
             .collect();
         // As `shifts` in `solve.rs`: where x is large, over the very products that it will be subtracted from.
         let large = C::of_f64(16.0) / self.stream.longest;
-        if x.chunks_exact(self.stream.width).any(|x| !(arith.dot(x, x) <= large * large)) {
+        let small = |x: &[C]| arith.dot(x, x) <= large * large;
+        if !x.chunks_exact(self.stream.width).all(small) {
             let (sum, _) = self.pass(arith, &all, (x, &shift), (C::ONE, C::ZERO), None);
             for ((shift, sum), &inv) in shift.iter_mut().zip(sum).zip(&self.inv_sum) {
                 *shift += sum * inv;
