@@ -1,6 +1,6 @@
 //! Decoding: a few query rows against a long cache, which is read where it lies.
 //!
-//! One task is a KV head of a sequence with up to [`ROWS`] of the query rows that look at it (`stream.rs` has its passes):
+//! One task is a KV head of a sequence with up to [`ROWS`] of the query rows that look at it (`stream.rs` has the first of its passes, `weighted.rs` the others):
 //!
 //! 1. One pass over the keys gives scores, softmax weights and the mean key.
 //! 2. `(C + λI) x = δ` is solved, in one of two ways. *Moments*: the first pass sums the weighted products of the keys' coordinates
@@ -13,6 +13,7 @@
 
 mod kernels;
 mod stream;
+mod weighted;
 
 use super::block::Arith;
 use super::forward::{largest_logit, ridge};
