@@ -77,9 +77,9 @@ fn splits(rows: &[Row], heads: usize) -> Vec<Range<usize>> {
 
 /// Whether the first pass is to sum second moments.
 ///
-/// Measured on two AVX-512 cores, `bf16` and λ = 1, contexts of 8,192: for one row per KV head they take 0.94 (D = 64) and 0.66 times
+/// Measured once on two AVX-512 cores that other work shared, `bf16` and λ = 1, contexts of 8,192: for one row per KV head they take 0.94 (D = 64) and 0.66 times
 /// (D = 128) what conjugate gradients to 1e-6 take, for two rows 1.08 and 1.2 times, for four 1.4 and 1.5 times. Few keys do not pay
-/// for a factorisation.
+/// for a factorisation: that limit is an estimate from operation counts, not measured.
 fn sums_moments(a: &Attention, rows: usize, keys: usize) -> bool {
     match a.solver() {
         Solver::Direct => true,
