@@ -86,7 +86,8 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 bias: false,
                 aligned: false,
                 warps: 4,
-                occupancy: 1,
+                // Most blocks find nothing to do: many at once matter more than registers.
+                occupancy: 8,
                 tensor: false,
             });
             for entry in ["lla_range", "lla_convert"] {
