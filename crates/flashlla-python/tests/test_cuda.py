@@ -91,6 +91,54 @@ def test_gradients_with_a_scale(scale: torch.Tensor, precision: str) -> None:
     assert_near(found.cpu(), wanted, 5e-3, "dscale of one sign")
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v", "grad_out"])
+def test_numbers_that_are_not_finite(where: str, number: float) -> None:
+    n, token, window = 1024, 500, 37
+    tensors = leaves(shapes=((2, 4, n, 64), (2, 2, n, 64), (2, 2, n, 48)))
+    tensors.append(random(2, 4, n, 48, seed=9, dtype=torch.bfloat16))
+
+    def results(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        *inputs, weights = (x.cuda().requires_grad_() for x in tensors)
+        out = flashlla.attention(*inputs, ridge=2.0, causal=True, window=window)
+        return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, inputs, weights))]
+
+    place = ["q", "k", "v", "grad_out"].index(where)
+    spoilt = [x.clone() for x in tensors]
+    spoilt[place][1, 1, token, 3] = number
+    # Query head 1 reads KV head 0, as 0 does; queries 2 and 3 read KV head 1.
+    of_query = where in ("q", "grad_out")
+    heads, kv_head = ([1], 0) if of_query else ([2, 3], 1)
+    seeing = range(token, token + (1 if of_query else window))
+    queries = torch.zeros(2, 4, n, dtype=torch.bool)
+    queries[1, heads, seeing.start : seeing.stop] = True
+    keys = torch.zeros(2, 2, n, dtype=torch.bool)
+    keys[1, kv_head, token - window + 1 : seeing.stop] = True
+    # Two blocks of queries and keys, the largest that kernels have, to either side.
+    around = torch.zeros_like(keys)
+    around[1, kv_head, token - window - 256 : seeing.stop + 256] = True
+
+    clean, (out, dq, dk, dv) = results(tensors), results(spoilt)
+    if where == "grad_out":
+        assert_near(out, clean[0], 1e-6, "out")
+    else:
+        assert torch.equal(out.isnan().all(-1), queries)
+        assert_near(out[~queries], clean[0][~queries], OUT, "out of the others")
+    if where == "v":
+        # The gradients are those with a zero in its place.
+        spoilt[place][1, 1, token, 3] = 0
+        for name, a, b in zip(("dq", "dk", "dv"), (dq, dk, dv), results(spoilt)[1:], strict=True):
+            assert_near(a, b, 1e-6, name)
+        return
+    assert torch.equal(dq.isnan().all(-1), queries)
+    assert_near(dq[~queries], clean[1][~queries], GRADIENT, "dq of the others")
+    for name, a, b in (("dk", dk, clean[2]), ("dv", dv, clean[3])):
+        bad = a.isnan().any(-1)
+        assert bad[keys].all(), f"{name} of keys that such queries see"
+        assert not bad[~around].any(), f"{name} far from them"
+        assert_near(a[~bad], b[~bad], GRADIENT, f"{name} of the others")
+
+
 @pytest.mark.parametrize("layout", ["bnhd", "bnd", "nhd"])
 def test_layouts(layout: str) -> None:
     shapes = {

@@ -52,7 +52,7 @@ class _Recorded(torch.autograd.Function):
 
 
 def _gradients(call: Call, grad_out: Tensor, kept: Tensor, *tensors: Any) -> tuple[Tensor | None, ...]:
-    return call.backward(grad_out, kept.data_ptr() + 8 * call.state_numel, kept, *tensors)
+    return call.backward(grad_out, kept[2 * call.state_numel :], kept, *tensors)
 
 
 class _Once(torch.autograd.Function):
