@@ -82,7 +82,9 @@ def test_gradients_with_a_scale(scale: torch.Tensor, precision: str) -> None:
     for name, a, b in zip("qkv", found, wanted, strict=False):
         assert_near(a.cpu(), b, GRADIENT, f"d{name}")
     off = (found[3].cpu().double() - wanted[3]).norm()
-    print(f"dscale {found[3].tolist()}, exactly {wanted[3].tolist()}: off by {off / terms.norm():.1e} of its terms' norm")
+    print(
+        f"dscale {found[3].tolist()}, exactly {wanted[3].tolist()}: off by {off / terms.norm():.1e} of its terms' norm"
+    )
     assert off <= SCALE[precision] * terms.norm()
     # Where all terms have one sign nothing cancels, and the sum itself is as good as they are.
     signed = weights * terms.sign()

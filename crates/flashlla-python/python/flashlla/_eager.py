@@ -67,7 +67,7 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError("flashlla: gradients of gradients are not implemented")
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether anything looks at operators as they are called."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -90,7 +90,7 @@ def attention(
     out_dtype: torch.dtype | None,
 ) -> Tensor | None:
     device, dtype = q.get_device(), q.dtype
-    if dtype not in _FLOATS or _watched():
+    if dtype not in _FLOATS or watched():
         return None
     tensors = [q, k, v]
     ridge_value, scale_value = options.ridge, options.scale

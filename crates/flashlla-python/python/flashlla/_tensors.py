@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def _autocast(device: str) -> torch.dtype | None:
 
 def _number(argument: str, x: Any) -> float:
     try:
+        if isinstance(x, (str, bytes)):
+            raise TypeError
         return float(x)
     except (TypeError, ValueError):
         raise TypeError(f"{argument}: {type(x).__name__} is not allowed; it must be a number or a tensor") from None
@@ -158,6 +161,11 @@ def _square(scale: Tensor, q: Tensor, k: Tensor) -> Tensor:
         raise ValueError(
             f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{k.shape[1]}] (KV heads)"
         )
+    # The engine would find it in the ridges that are made from it, and name those.
+    if scale.numel() > 1 and scale.device.type == "cpu" and not (torch.compiler.is_compiling() or _eager.watched()):
+        wrong = [x for x in scale.tolist() if not 0 < x < math.inf]
+        if wrong:
+            raise ValueError(f"scale: {wrong[0]} is not allowed; it must be finite and greater than 0 for each KV head")
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     square: Tensor = scale.to(q.device, wide).reshape(-1, 1, 1)
     return square
