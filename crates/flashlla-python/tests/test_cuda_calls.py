@@ -180,7 +180,7 @@ def test_gradient_of_a_scale_does_not_cancel(plans) -> None:
 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "bnd", "nhd"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_gradients_of_outputs_that_are_not_finite_mark_their_queries(plans, layout: str, number: float) -> None:
+def test_queries_are_marked_where_the_gradient_of_their_output_is_not_finite(plans, layout: str, number: float) -> None:
     q, k, v = (x.requires_grad_() for x in leaves(layout, torch.float16))
     out = short(q, k, v, layout=layout)
     weights = torch.full_like(out, 6e4)  # Whose sums are beyond float16.

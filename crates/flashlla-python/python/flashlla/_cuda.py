@@ -20,6 +20,9 @@ _NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", to
 # The shape of one number per KV head beside q, k and v of a layout.
 _PER_HEAD = {"bhnd": (-1, 1, 1), "bnhd": (-1, 1), "nhd": (-1, 1), "bnd": (1, 1)}
 
+# A log-sum-exp that makes every weight of its query infinite, and is not minus infinity, which says that there are none.
+_SPOILT = -1e30
+
 # Calls that a graph of CUDA's may repeat.
 _CAPTURED: set[Call] = set()
 
@@ -247,13 +250,15 @@ class Call:
         return out
 
     def _marked(self, lse: Tensor, grad_out: Tensor) -> Tensor:
-        """`lse`, and NaN where a row of `grad_out` is not finite.
+        """`lse`, and far below any other where it is NaN or a row of `grad_out` is not finite.
 
         The kernels read what is not finite as zeros. A scaled loss that overflowed would so get gradients that are finite and
-        wrong, and nobody would know that the step is to be skipped.
+        wrong, and nobody would know that the step is to be skipped. With such a sum all weights of the query are infinite but
+        those of keys that it does not see, which stay 0: its gradients and those of the keys that it sees are no numbers, and
+        no others. NaN would leave the query out of the keys' gradients.
         """
         sums = heads_first(grad_out, self.layout).sum(-1, dtype=torch.float32)
-        return torch.add(lse.view(self.rows), sums, alpha=0)
+        return torch.add(lse, sums, alpha=0).nan_to_num_(_SPOILT, torch.inf, -torch.inf)
 
     def _backward_plan(self, grad: torch.dtype) -> Any:
         plan = self._backward.get(grad)
@@ -278,7 +283,7 @@ class Call:
         gradients: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Puts a backward into the current stream, and returns the gradients of q, k, v (`gradients`, if given), ridge, scale,
-        bias and probe. `lse`, of `[batch, query head, query]` numbers in order, and `state` are what the forward wrote."""
+        bias and probe. `lse`, `[batch, query head, query]`, and `state` are what the forward wrote."""
         plan = self._backward_plan(grad_out.dtype)
         given = (q, k, v)
         ridge_at = self._ridge(ridge)

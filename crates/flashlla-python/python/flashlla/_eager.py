@@ -52,7 +52,9 @@ class _Recorded(torch.autograd.Function):
 
 
 def _gradients(call: Call, grad_out: Tensor, kept: Tensor, *tensors: Any) -> tuple[Tensor | None, ...]:
-    return call.backward(grad_out, kept[2 * call.state_numel :], kept, *tensors)
+    _, h, n = call.rows
+    lse = kept.as_strided(call.rows, (h * n, n, 1), 2 * call.state_numel)
+    return call.backward(grad_out, lse, kept, *tensors)
 
 
 class _Once(torch.autograd.Function):

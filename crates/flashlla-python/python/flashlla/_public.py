@@ -91,9 +91,10 @@ def attention(
         `[B, HQ, N, DV]` in the layout and dtype of `q`. A query that sees no key gives zeros.
 
         Queries that are not finite, or see a key or value that is not, give NaN, and no others do. Gradients are NaN for these
-        queries, for those whose output's gradient is not finite, and for the keys that any of them sees. On a GPU this differs:
-        a bias does not hide a key that is not finite; gradients of keys up to 256 tokens beyond may be NaN too; and a value
-        that is not finite counts as zero in gradients.
+        queries, for those whose output's gradient is not finite, and for the keys that any of them sees. On a GPU this differs
+        a little: they may be infinite rather than NaN; a query that is not finite may spoil the gradients of keys up to 256
+        tokens beyond those that it sees; a value that is not finite counts as zero in gradients; and a bias does not hide a
+        key that is not finite.
 
     Raises:
         ValueError, TypeError: with the name of the argument, what was given and what is allowed.
