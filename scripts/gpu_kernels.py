@@ -69,39 +69,48 @@ class Kernels:
             self.trace = None
         return [(run[0][0], float(np.median([a.elapsed_time(b) for _, a, b in run]))) for run in zip(*runs)]
 
-    def convert(self, a, b, pad):
-        """[B, H, n, d] tensors (b may be None) to padded fp16 rows and their units."""
-        (batch, heads, rows, cols), two = a.shape, 1 if b is None else 2
-        padded = up(rows, 128)
-        chunks = padded // 64
-        dev = a.device
-        amax = torch.empty(2, batch * heads, chunks, device=dev)
-        bad = torch.empty_like(amax)
-        bad_row = torch.empty(2, batch * heads, padded, device=dev)
-        unit = torch.empty(2, batch * heads, device=dev)
-        out = torch.empty(2, batch * heads, padded, pad, device=dev, dtype=torch.float16)
-        c = a if b is None else b
-        shape = [i32(heads), i32(rows), i32(cols), i32(c.shape[-1]),
-                 i64(a.stride(0)), i64(a.stride(1)), i32(a.stride(2)), i64(c.stride(0)), i64(c.stride(1)), i32(c.stride(2))]
-        grid, kind = (chunks, batch * heads, two), f"{NAMES[a.dtype]}_d{pad}_a{int(aligned(a) and aligned(c))}"
-        self(f"lla_range_{kind}", "lla_range", grid, [ptr(a), ptr(c), ptr(amax), ptr(bad), ptr(bad_row)] + shape)
-        self(f"lla_convert_{kind}", "lla_convert", grid, [ptr(a), ptr(c), ptr(amax), ptr(out[0]), ptr(out[1]), ptr(unit)] + shape)
-        return out, unit, bad, bad_row
+    def convert(self, groups, pad, found=None):
+        """Converts one or two groups of [B, H, n, d] tensors, each of one or two of the same heads and rows, to padded fp16 rows and their
+        units: (rows, units, bad, bad_row) for each group. `found` are largest magnitudes that a kernel has already written."""
+        results, magnitudes, shape, strides = [], [], [], []
+        for tensors in (groups[0], groups[-1]):
+            batch, heads, rows, _ = tensors[0].shape
+            padded, dev = up(rows, 128), tensors[0].device
+            if len(results) < len(groups):
+                amax = torch.empty(2, batch * heads, padded // 64, device=dev) if found is None else found
+                results.append((torch.empty(2, batch * heads, padded, pad, device=dev, dtype=torch.float16), torch.empty(2, batch * heads, device=dev),
+                                torch.empty_like(amax), torch.empty(2, batch * heads, padded, device=dev)))
+                magnitudes.append(amax)
+            shape += [i32(batch * heads), i32(heads), i32(rows), i32(padded // 64)]
+            for t in (tensors[0], tensors[-1]):
+                strides += [i32(t.shape[-1]), i64(t.stride(0)), i64(t.stride(1)), i32(t.stride(2))]
+        pairs = [(tensors[0], tensors[-1]) for tensors in (groups[0], groups[-1])]
+        sources = [ptr(t) for pair in pairs for t in pair]
+        both = [(r, m) for r, m in zip(results, magnitudes)]
+        both = [both[0], both[-1]]
+        everything = [t for tensors in groups for t in tensors]
+        grid = (max(m.shape[2] for m in magnitudes), max(m.shape[1] for m in magnitudes), len(everything))
+        kind = f"{NAMES[everything[0].dtype]}_d{pad}_a{int(all(aligned(t) for t in everything))}"
+        if found is None:
+            marks = [ptr(t) for (_, _, bad, bad_row), m in both for t in (m, bad, bad_row)]
+            self(f"lla_range_{kind}", "lla_range", grid, sources + marks + shape + strides)
+        self(f"lla_convert_{kind}", "lla_convert", grid, sources + [ptr(m) for _, m in both] + [ptr(half) for r, _ in both for half in r[0]]
+             + [ptr(r[1]) for r, _ in both] + shape + strides)
+        return results
 
     def forward(self, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
                 scale=None, tol=2e-3, cap=64, save=False, diagnostics=False, out=None, high=False):
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
-        kvh, unit, bad, bad_row = self.convert(k, v, pad)
+        [(kvh, unit, bad, bad_row)] = self.convert([(k, v)], pad)
         np_, mp = up(n, 128), up(m, 128)
         out = torch.empty(batch, heads, n, dv, device=dev, dtype=q.dtype) if out is None else out
         options = (CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self
                    | GIVEN * (given is not None) | HEAVY_FIRST * causal)
         lse = torch.empty(rows, n, device=dev) if save else None
-        key_mean = torch.empty(rows, np_, pad, device=dev)
-        probe = given if given is not None else torch.empty(rows, np_, pad, device=dev)
-        residual = torch.empty_like(key_mean)
+        key_mean = torch.empty(rows, np_, pad, device=dev) if save else None
+        probe = given if given is not None else torch.empty(rows, np_, pad, device=dev) if save else None
         kept = []
         its = torch.empty(rows, n, device=dev, dtype=torch.int32) if diagnostics else None
         res = torch.empty(rows, n, device=dev) if diagnostics else None
@@ -118,10 +127,10 @@ class Kernels:
         kind, has = NAMES[q.dtype], bias is not None
         name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out))
         self(name, "lla_forward", (rows, -(-n // bm)),
-             [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(out), ptr(key_mean), ptr(residual), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
+             [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
              + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(dv), i64(out.stride(0)), i64(out.stride(1)),
-                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), i32(cap), i32(save), i32(save), i32(diagnostics)])
+                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), i32(cap), i32(save), i32(save), i32(save and given is None), i32(diagnostics)])
         self.poison(kind, pad, bad, bad_row, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res)
 
@@ -139,10 +148,8 @@ class Kernels:
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
         np_, mp = up(n, 128), up(m, 128)
         scale = d ** -0.5 if scale is None else scale
-        kvh, unit, _, _ = self.convert(k, v, pad)
-        qgh, q_unit, _, _ = self.convert(q, grad, pad)
+        (kvh, unit, _, _), (qgh, q_unit, _, _) = self.convert([(k, v), (q, grad)], pad)
         x = saved["probe"]
-        xh, x_unit, _, _ = self.convert(x.view(batch, heads, np_, pad)[:, :, :n], None, pad)
         options = CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self | HEAVY_FIRST * causal
         lo, hi = ranges or (None, None)
         lam = ridge if torch.is_tensor(ridge) else torch.tensor(float(ridge), device=dev)
@@ -159,21 +166,22 @@ class Kernels:
         solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has)
         query, qm, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq))
         key, _, bn = self.find("lla_backward_key", kind, pad, False, has, aligned(dk) and aligned(dvv))
-        c, y = torch.empty(2, rows, np_, pad, device=dev)
+        y = torch.empty(rows, np_, pad, device=dev)
+        amax = torch.empty(2, rows, np_ // 64, device=dev)
         mean = torch.empty(rows, np_, device=dev)
         numbers = torch.empty(rows, np_, 16, device=dev, dtype=torch.bfloat16)
         its = torch.empty(rows, n, device=dev, dtype=torch.int32) if diagnostics else None
         res = torch.empty(rows, n, device=dev) if diagnostics else None
         key_mean = saved["key_mean"]
         self(solve, "lla_backward_solve", (rows, -(-n // sm)),
-             [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(key_mean), ptr(x), ptr(c), ptr(y),
-              ptr(mean), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(key_mean), ptr(x), ptr(None), ptr(y),
+              ptr(amax), ptr(mean), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
              + [f32(tol * tol), i32(cap), i32(diagnostics)])
-        yh, y_unit, _, _ = self.convert(y.view(batch, heads, np_, pad)[:, :, :n], None, pad)
+        [((xh, yh), (x_unit, y_unit), _, _)] = self.convert([[t.view(batch, heads, np_, pad)[:, :, :n] for t in (x, y)]], pad, amax)
         dridge, dscale = torch.empty(2, rows, n, device=dev)
         dbias = torch.empty(rows, m, device=dev) if has else None
         self(query, "lla_backward_query", (rows, -(-n // qm)),
-             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit),
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh), ptr(yh), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit),
               ptr(key_mean), ptr(y), ptr(saved["lse"]), ptr(mean), ptr(numbers), ptr(dq), ptr(dridge), ptr(dscale)]
              + common(qm) + [i32(d), i64(dq.stride(0)), i64(dq.stride(1)), i32(dq.stride(2)), f32(scale)])
         first = end = None
@@ -185,7 +193,7 @@ class Kernels:
             first = torch.where(seen, index, n).amin(0).int().contiguous()
             end = torch.where(seen, index + 1, 0).amax(0).int().contiguous()
         self(key, "lla_backward_key", (batch * kv_heads, blocks),
-             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh[0]), ptr(yh[0]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit), ptr(numbers),
+             [ptr(qgh[0]), ptr(qgh[1]), ptr(xh), ptr(yh), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit), ptr(numbers),
               ptr(dk), ptr(dvv), ptr(dbias), ptr(first), ptr(end), i32(0), i32(options), i32(heads), i32(kv_heads), i32(n), i32(np_), i32(m), i32(mp),
               i32(offset), i32(window or 0), ptr(lo), ptr(hi), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)),
               i32(0 if bias is None else bias.stride(1)), i32(d), i32(dv), i64(dk.stride(0)), i64(dk.stride(1)), i32(dk.stride(2)),

@@ -28,13 +28,13 @@ pub mod backward_key {
         x_unit: *mut f32,      // [batch * heads]: unit of xh
         y_unit: *mut f32,      // [batch * heads]: unit of yh
         unit: *mut f32,        // [2, batch * kv_heads]: units of kh and vh
-        numbers: *mut bf16, // [batch * heads, np, 16]: terms of -lse + 7 (base 2), 1 + x.kbar, (y.kbar - mean of g.v) / unit of e, sum p e a / unit of e
-        dk: *mut E,         // out [batch, kv_heads, m, d], strided
-        dv: *mut E,         // out [batch, kv_heads, m, dv], strided
-        dbias: *mut f32,    // out [batch * heads, m]; BIAS = 1 only
+        numbers: *mut bf16,    // [batch * heads, np, 16], from lla_backward_query
+        dk: *mut E,            // out [batch, kv_heads, m, d], strided
+        dv: *mut E,            // out [batch, kv_heads, m, dv], strided
+        dbias: *mut f32,       // out [batch * heads, m]; BIAS = 1 only
         first_query: *mut i32, // [batch, blocks of BN keys]: first query that sees any of them; option 4 only
-        end_query: *mut i32, // the same: one past the last
-        block_batch: i32,   // stride of the batch in those two
+        end_query: *mut i32,   // the same: one past the last
+        block_batch: i32,      // stride of the batch in those two
         options: i32,
         heads: i32,
         kv_heads: i32,
@@ -119,39 +119,57 @@ pub mod backward_key {
         let ku: f32 = load_scalar(slice::<f32>(unit, wide(kv)));
         let vu: f32 = load_scalar(slice::<f32>(unit, wide(kvs + kv)));
         let never: Tile<f32, { [BN, BM] }> = constant(f32::NEG_INFINITY, const_shape![BN, BM]);
-        let g_in: Tile<f32, { [BN, BM] }> = constant(0.125f32, const_shape![BN, BM]);
+        let zero: Tile<f32, { [BN, BM] }> = constant(0.0f32, const_shape![BN, BM]);
 
-        let mut dk_all: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
-        let mut dv_all: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
+        // dk in units of kc, dv in units of vc, which change from head to head.
+        let mut dk_sum: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
+        let mut dv_sum: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
+        let mut kc: f32 = 0.0f32;
+        let mut vc: f32 = 0.0f32;
         for g in 0i32..group {
             let bh: i32 = head0 + g;
             let qu: f32 = load_scalar(slice::<f32>(q_unit, wide(bh)));
             let gu: f32 = load_scalar(slice::<f32>(q_unit, wide(all_heads + bh)));
             let xu: f32 = load_scalar(slice::<f32>(x_unit, wide(bh)));
             let yu: f32 = load_scalar(slice::<f32>(y_unit, wide(bh)));
-            // e in units of eu; dk in units of eu * top. Every factor of an fp16 operand is then at most about 1.
+            // e in units of eu / 8. Every factor of an fp16 operand is at most about 1, unless what is there already is so much greater
+            // that this head's part vanishes beside it.
             let eu: f32 = gu * vu * 8.0f32;
             let yue: f32 = yu / eu;
             let sq: f32 = scale * qu;
-            let top: f32 = max(max(max(sq, 0.0f32 - sq), xu), yue);
+            let top: f32 = max(max(max(max(sq, 0.0f32 - sq), xu), yue), kc * 1.0e-20f32 / eu);
+            let kept: Tile<f32, { [BN, D] }> = broadcast_scalar(kc / (eu * top), const_shape![BN, D]);
+            dk_sum = dk_sum * kept;
+            kc = eu * top;
+            let mut last: i32 = end;
+            let vc_new: f32 = max(gu, vc * 1.0e-20f32);
+            if (BIAS == 0i32) && (vc_new > gu) {
+                last = begin;
+            }
+            let kept: Tile<f32, { [BN, D] }> = broadcast_scalar(vc / vc_new, const_shape![BN, D]);
+            dv_sum = dv_sum * kept;
+            vc = vc_new;
+            let g_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(gu / vc_new, const_shape![BN, BM]);
             let sc: Tile<f32, { [BN, BM] }> =
                 broadcast_scalar(logit_scale(scale, qu * ku), const_shape![BN, BM]);
-            let q_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(sq / top, const_shape![BN, BM]);
-            let x_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - xu / top, const_shape![BN, BM]);
+            let q_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(sq / top * 0.125f32, const_shape![BN, BM]);
+            let x_out: Tile<f32, { [BN, BM] }> =
+                broadcast_scalar(0.0f32 - xu / top * 0.125f32, const_shape![BN, BM]);
             let y_out: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - yue / top, const_shape![BN, BM]);
-            let x_in: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - xu * ku, const_shape![BN, BM]);
-            let y_in: Tile<f32, { [BN, BM] }> = broadcast_scalar(0.0f32 - yue * ku, const_shape![BN, BM]);
-            let mut dk_g: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
-            let mut dv_g: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
+            let x_in: Tile<f32, { [BN, BM] }> = broadcast_scalar(probe_factor(xu * ku), const_shape![BN, BM]);
+            let y_in: Tile<f32, { [BN, BM] }> =
+                broadcast_scalar(0.0f32 - yue * ku * 8.0f32, const_shape![BN, BM]);
             let mut db: Tile<f32, { [BN, 1] }> = constant(0.0f32, const_shape![BN, 1]);
-            for i in begin..end {
+            for i in begin..last {
                 let tile: i32 = bh * (np / BM) + i;
                 let tq: Tile<f16, { [BM, D] }> = qp.load([tile, 0i32]);
                 let tg: Tile<f16, { [BM, D] }> = gp.load([tile, 0i32]);
                 let tx: Tile<f16, { [BM, D] }> = xp.load([tile, 0i32]);
                 let ty: Tile<f16, { [BM, D] }> = yp.load([tile, 0i32]);
                 let terms: Tile<bf16, { [BM, 16] }> = np0.load([tile, 0i32]);
-                let mut s: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, tq) * sc;
+                // Each number is added by a product onto the same sums as the products that it belongs to: no tile of its own.
+                let s: Tile<f32, { [BN, BM] }> = add_number::<BM, BN>(terms, 0i32, zero);
+                let mut s: Tile<f32, { [BN, BM] }> = mma(kt, tq.transpose(), s) * sc;
                 if BIAS == 1i32 {
                     let bias_at: i64 = wide(batch) * wide(bias_batch)
                         + wide(bh - batch * heads) * wide(bias_head)
@@ -172,39 +190,33 @@ pub mod backward_key {
                     s = select(visible_across::<BM, BN>(row_lo, row_hi, skip, first, rows), s, never);
                 }
                 // In an order that keeps few tiles alive.
-                let sh: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 0i32);
-                let p: Tile<f32, { [BN, BM] }> = exp2(s + sh, ftz::Enabled);
-                let xk: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 1i32);
-                let xx: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, tx);
-                let a: Tile<f32, { [BN, BM] }> = fma(xx, x_in, xk, rounding::NearestEven, ftz::Enabled);
+                let p: Tile<f32, { [BN, BM] }> = exp2(s, ftz::Enabled);
+                let a: Tile<f32, { [BN, BM] }> = add_number::<BM, BN>(terms, 1i32, zero);
+                let a: Tile<f32, { [BN, BM] }> = mma(kt, tx.transpose(), a) * x_in;
                 let pa: Tile<f32, { [BN, BM] }> = p * a;
-                let w: Tile<f16, { [BN, BM] }> = convert_tile(pa);
-                dv_g = mma(w, tg, dv_g);
+                let mut pv: Tile<f32, { [BN, BM] }> = pa;
+                if BIAS == 1i32 {
+                    pv = pa * g_out;
+                }
+                let w: Tile<f16, { [BN, BM] }> = convert_tile(pv);
+                dv_sum = mma(w, tg, dv_sum);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(pa * y_out);
-                dk_g = mma(w, ty, dk_g);
-                let ek: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 2i32);
-                let yy: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, ty);
-                let e: Tile<f32, { [BN, BM] }> = fma(yy, y_in, ek, rounding::NearestEven, ftz::Enabled);
-                let gamma: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(vt, tg);
-                let e: Tile<f32, { [BN, BM] }> = fma(gamma, g_in, e, rounding::NearestEven, ftz::Enabled);
+                dk_sum = mma(w, ty, dk_sum);
+                let e: Tile<f32, { [BN, BM] }> = scores::<BN, BM, D>(kt, ty) * y_in;
+                let e: Tile<f32, { [BN, BM] }> = add_number::<BM, BN>(terms, 2i32, e);
+                let e: Tile<f32, { [BN, BM] }> = mma(vt, tg.transpose(), e);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(p * e * x_out);
-                dk_g = mma(w, tx, dk_g);
-                let mean: Tile<f32, { [BN, BM] }> = number_across::<BM, BN>(terms, 3i32);
-                let ds: Tile<f32, { [BN, BM] }> =
-                    p * fma(a, e, zero_minus::<BN, BM>(mean), rounding::NearestEven, ftz::Enabled);
+                dk_sum = mma(w, tx, dk_sum);
+                let ds: Tile<f32, { [BN, BM] }> = p * add_number::<BM, BN>(terms, 3i32, a * e);
                 let w: Tile<f16, { [BN, BM] }> = convert_tile(ds * q_out);
-                dk_g = mma(w, tq, dk_g);
+                dk_sum = mma(w, tq, dk_sum);
                 if BIAS == 1i32 {
                     let sum: Tile<f32, { [BN] }> = reduce_sum(ds, 1i32);
                     db = db + sum.reshape(const_shape![BN, 1]);
                 }
             }
-            let kc: Tile<f32, { [BN, D] }> = broadcast_scalar(eu * top * 0.0078125f32, const_shape![BN, D]);
-            let vc: Tile<f32, { [BN, D] }> = broadcast_scalar(gu * 0.0078125f32, const_shape![BN, D]);
-            dk_all = fma(dk_g, kc, dk_all, rounding::NearestEven, ftz::Disabled);
-            dv_all = fma(dv_g, vc, dv_all, rounding::NearestEven, ftz::Disabled);
             if BIAS == 1i32 {
-                let bc: Tile<f32, { [BN, 1] }> = broadcast_scalar(eu * 0.0078125f32, const_shape![BN, 1]);
+                let bc: Tile<f32, { [BN, 1] }> = broadcast_scalar(eu * 0.0009765625f32, const_shape![BN, 1]);
                 store_column::<f32, BN>(
                     slice::<f32>(dbias, wide(bh) * wide(m) + wide(first)),
                     m - first,
@@ -214,14 +226,16 @@ pub mod backward_key {
         }
         let keys: i32 = m - first;
         let kvh: i32 = kv % kv_heads;
-        let kb: Tile<E, { [BN, D] }> = convert_tile(dk_all);
+        let unit: Tile<f32, { [BN, D] }> = broadcast_scalar(kc * 0.0078125f32, const_shape![BN, D]);
+        let kb: Tile<E, { [BN, D] }> = convert_tile(dk_sum * unit);
         let at: i64 = wide(batch) * dk_batch + wide(kvh) * dk_head + wide(first) * wide(dk_row);
         if ALIGNED == 1i32 {
             store_rows_aligned::<E, BN, D>(slice_aligned::<E>(dk, at), dk_row, keys, d, kb);
         } else {
             store_rows::<E, BN, D>(slice::<E>(dk, at), dk_row, keys, d, kb);
         }
-        let vb: Tile<E, { [BN, D] }> = convert_tile(dv_all);
+        let unit: Tile<f32, { [BN, D] }> = broadcast_scalar(vc * 0.0078125f32, const_shape![BN, D]);
+        let vb: Tile<E, { [BN, D] }> = convert_tile(dv_sum * unit);
         let at: i64 = wide(batch) * dv_batch + wide(kvh) * dv_head + wide(first) * wide(dv_row);
         if ALIGNED == 1i32 {
             store_rows_aligned::<E, BN, D>(slice_aligned::<E>(dv, at), dv_row, keys, dvs, vb);

@@ -129,7 +129,8 @@ pub mod backward_query {
         // e in units of eu, so that fp16 holds it: |g.v| stays near sqrt(D) units of g times units of v.
         let eu: f32 = gu * 8.0f32;
         let g_in: Tile<f32, { [BM, BN] }> = constant(0.125f32, const_shape![BM, BN]);
-        let x_in: f32 = 0.0f32 - xu * ku;
+        let x_in: f32 = probe_factor(xu * ku);
+        let x_in1: Tile<f32, { [BM, 1] }> = broadcast_scalar(x_in, const_shape![BM, 1]);
         let y_in: f32 = 0.0f32 - yu * ku / eu;
         let x_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(x_in, const_shape![BM, BN]);
         let y_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(y_in, const_shape![BM, BN]);
@@ -172,10 +173,12 @@ pub mod backward_query {
         }
         let total: Tile<f32, { [BM, 1] }> = total * undo;
         let mut terms: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
-        terms = with_number::<BM>(terms, 0i32, sh);
-        terms = with_number::<BM>(terms, 1i32, xk);
-        terms = with_number::<BM>(terms, 2i32, eke);
-        terms = with_number::<BM>(terms, 3i32, total);
+        // In the units of the sums that the key pass adds them to.
+        let finer: Tile<f32, { [BM, 1] }> = constant(8.0f32, const_shape![BM, 1]);
+        terms = with_number::<BM>(terms, 0i32, sh / sc_true);
+        terms = with_number::<BM>(terms, 1i32, xk / x_in1);
+        terms = with_number::<BM>(terms, 2i32, eke * finer);
+        terms = with_number::<BM>(terms, 3i32, negf(total) * finer);
         let terms: Tile<bf16, { [BM, 16] }> = convert_tile(terms);
         store_packed::<bf16, BM, 16>(numbers, grid.0 * np, tile, terms);
         let total: Tile<f32, { [BM, 1] }> = total * eun;

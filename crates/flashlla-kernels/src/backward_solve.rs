@@ -24,11 +24,12 @@ pub mod backward_solve {
         lse: *mut f32,        // [batch * heads, n], natural
         key_mean: *mut f32,   // [batch * heads, np, D]
         x: *mut f32,          // [batch * heads, np, D]: the forward's probe
-        c: *mut f32,          // out [batch * heads, np, D]: under option 16 c, otherwise what is left of it
+        c: *mut f32,          // out [batch * heads, np, D], option 16 only
         y: *mut f32,          // out [batch * heads, np, D]
-        mean_out: *mut f32,   // out [batch * heads, np]: mean of g.v
+        amax: *mut f32, // out [2, batch * heads, np / BM]: largest magnitudes of the probe and of y, as lla_range finds them
+        mean_out: *mut f32, // out [batch * heads, np]: mean of g.v
         iterations: *mut i32, // out [batch * heads, n] if diagnostics
-        relative: *mut f32,   // out [batch * heads, n] if diagnostics: |r| / |c|
+        relative: *mut f32, // out [batch * heads, n] if diagnostics: |r| / |c|
         options: i32,
         heads: i32,
         kv_heads: i32,
@@ -137,7 +138,6 @@ pub mod backward_solve {
         let coef: Tile<f32, { [BM, 1] }> = gun * broadcast_scalar(ku, const_shape![BM, 1]);
         let cov: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), zero - mean, kbar);
         // The forward's solution knows about how A acts: x.delta = x.Ax. That makes the first step's length a second one.
-        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
         let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
         let tx: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
         let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
@@ -167,9 +167,9 @@ pub mod backward_solve {
             BM,
             mean.reshape(const_shape![BM]),
         );
-        let origin: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        let mut token: Token = save_packed::<f32, BM, D>(c, grid.0 * np, tile, cov, new_token_unordered());
-        token = save_packed::<f32, BM, D>(y, grid.0 * np, tile, origin, token);
+        if (options & 16i32) != 0i32 {
+            store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
+        }
         let mut record: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
         record = put::<BM>(record, 0i32, sc_true);
         record = put::<BM>(record, 1i32, shift);
@@ -190,54 +190,45 @@ pub mod backward_solve {
         record = first_record;
         let mut d_hi: Tile<f16, { [BM, D] }> = first_hi;
         let mut d_lo: Tile<f16, { [BM, D] }> = first_lo;
-        // The state is in memory; these are never looked at.
-        let mut r_kept: Tile<f32, { [BM, D] }> = origin;
-        let mut x_kept: Tile<f32, { [BM, D] }> = origin;
-        let kbar_kept: Tile<f32, { [BM, D] }> = origin;
+        let mut r: Tile<f32, { [BM, D] }> = cov;
+        let mut solution: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let mut it: i32 = 0i32;
         while (it < max_iterations) && (worst > 0.0f32) {
             let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
                 record, tq, d_hi, d_lo, &kp, kv0, begin, end, full0, full1, row_lo, row_hi, skip, bias,
                 bias_at, m,
             );
-            let (next_record, next_hi, next_lo, next_r, next_x, next_token): (
+            let (next_record, next_hi, next_lo, next_r, next_solution): (
                 Tile<f32, { [BM, 16] }>,
                 Tile<f16, { [BM, D] }>,
                 Tile<f16, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
-                Token,
-            ) = advance::<BM, D, HIGH, 0>(
-                record,
-                acc,
-                d_hi,
-                d_lo,
-                c,
-                y,
-                key_mean,
-                r_kept,
-                x_kept,
-                kbar_kept,
-                grid.0 * np,
-                tile,
-                tolerance2,
-                ku,
-                token,
-            );
+            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, solution, kbar, tolerance2, ku);
             record = next_record;
             d_hi = next_hi;
             d_lo = next_lo;
-            r_kept = next_r;
-            x_kept = next_x;
-            token = next_token;
+            r = next_r;
+            solution = next_solution;
             worst = any_positive::<BM>(pick::<BM>(record, 4i32));
             it = it + 1i32;
         }
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
         if (options & 16i32) == 0i32 {
-            let solved: Tile<f32, { [BM, D] }> = read_packed::<f32, BM, D>(y, grid.0 * np, tile, token);
             let free: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 11i32) * pick::<BM>(record, 12i32);
-            save_packed::<f32, BM, D>(y, grid.0 * np, tile, add_scaled::<BM, D>(solved, free, d), token);
+            solution = add_scaled::<BM, D>(solution, free, d);
+        }
+        store_packed::<f32, BM, D>(y, grid.0 * np, tile, solution);
+        // Padding behind the last block counts as zeros.
+        let blocks: i32 = np / BM;
+        let tx: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
+        let of_x: f32 = largest::<BM, D>(tx);
+        let of_y: f32 = largest::<BM, D>(solution);
+        store_number(amax, wide(bh * blocks + mi), of_x);
+        store_number(amax, wide((grid.0 + bh) * blocks + mi), of_y);
+        if (mi + 1i32 == grid.1) && (grid.1 < blocks) {
+            store_number(amax, wide(bh * blocks + grid.1), 0.0f32);
+            store_number(amax, wide((grid.0 + bh) * blocks + grid.1), 0.0f32);
         }
         if diagnostics != 0i32 {
             store_diagnostics::<BM>(record, iterations, relative, wide(bh) * wide(n) + wide(first), rows);

@@ -14,7 +14,6 @@ pub mod forward {
     use cutile::core::*;
 
     /// `ALIGNED` = 1: bases, strides and columns of q and out are multiples of 16 bytes.
-    /// `KEEP` = 1: registers hold the solve's state, which is better where many threads share a row.
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
     pub unsafe fn lla_forward<
@@ -25,20 +24,18 @@ pub mod forward {
         const HIGH: i32,
         const BIAS: i32,
         const ALIGNED: i32,
-        const KEEP: i32,
     >(
         q: *mut E,            // [batch, heads, n, d], strided
         kh: *mut f16,         // [batch * kv_heads, mp, D]
         vh: *mut f16,         // [batch * kv_heads, mp, D]
         unit: *mut f32,       // [2, batch * kv_heads]: units of keys and values
         out: *mut E,          // out [batch, heads, n, dv], strided
-        key_mean: *mut f32,   // out [batch * heads, np, D]
-        residual: *mut f32,   // scratch [batch * heads, np, D]
-        x: *mut f32, // out [batch * heads, np, D] if save_state, else scratch: the probe; in: the given one under option 16
-        lse: *mut f32, // out [batch * heads, n] if save_lse, natural
-        ridge: *mut f32, // [batch, heads, n], strided
+        key_mean: *mut f32,   // out [batch * heads, np, D] if save_mean
+        x: *mut f32,          // out [batch * heads, np, D] if save_probe; in: the given one under option 16
+        lse: *mut f32,        // out [batch * heads, n] if save_lse, natural
+        ridge: *mut f32,      // [batch, heads, n], strided
         iterations: *mut i32, // out [batch * heads, n] if diagnostics
-        relative: *mut f32, // out [batch * heads, n] if diagnostics: |r| / |delta|
+        relative: *mut f32,   // out [batch * heads, n] if diagnostics: |r| / |delta|
         options: i32,
         heads: i32,
         kv_heads: i32,
@@ -71,7 +68,8 @@ pub mod forward {
         tolerance2: f32, // square of the relative residual asked for
         max_iterations: i32,
         save_lse: i32,
-        save_state: i32,
+        save_mean: i32,
+        save_probe: i32,
         diagnostics: i32,
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
@@ -259,12 +257,10 @@ pub mod forward {
         if (options & 16i32) != 0i32 {
             worst = 0.0f32;
         }
-        // From here on the state is in memory, numbers per query in one tile: products need the registers.
         let mut record: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
         record = put::<BM>(record, 0i32, sc_true);
         record = put::<BM>(record, 1i32, shift);
         record = put::<BM>(record, 2i32, ahead);
-        record = put::<BM>(record, 3i32, start * qu);
         record = put::<BM>(record, 7i32, lam);
         record = put::<BM>(record, 8i32, select(more, rr, zero));
         record = put::<BM>(record, 9i32, dd);
@@ -272,13 +268,6 @@ pub mod forward {
         record = put::<BM>(record, 11i32, free);
         record = put::<BM>(record, 14i32, energy);
         let d: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, beta, qf);
-        let mut token: Token =
-            save_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar, new_token_unordered());
-        let x_start: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
-        if (KEEP == 0i32) && (worst > 0.0f32) {
-            token = save_packed::<f32, BM, D>(residual, grid.0 * np, tile, r, token);
-            token = save_packed::<f32, BM, D>(x, grid.0 * np, tile, x_start, token);
-        }
         let (first_record, first_hi, first_lo): (
             Tile<f32, { [BM, 16] }>,
             Tile<f16, { [BM, D] }>,
@@ -287,70 +276,32 @@ pub mod forward {
         record = first_record;
         let mut d_hi: Tile<f16, { [BM, D] }> = first_hi;
         let mut d_lo: Tile<f16, { [BM, D] }> = first_lo;
-        // Where a thread has few elements of a row, registers hold the state; elsewhere these are never looked at.
-        let mut r_kept: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        let mut x_kept: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        let mut kbar_kept: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        if KEEP == 1i32 {
-            r_kept = r;
-            x_kept = x_start;
-            kbar_kept = kbar;
-        }
+        let mut r: Tile<f32, { [BM, D] }> = r;
+        let mut probe: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
         let mut it: i32 = 0i32;
         while (it < max_iterations) && (worst > 0.0f32) {
             let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
                 record, tq, d_hi, d_lo, &kp, kv0, begin, end, full0, full1, row_lo, row_hi, skip, bias,
                 bias_at, m,
             );
-            let (next_record, next_hi, next_lo, next_r, next_x, next_token): (
+            let (next_record, next_hi, next_lo, next_r, next_probe): (
                 Tile<f32, { [BM, 16] }>,
                 Tile<f16, { [BM, D] }>,
                 Tile<f16, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
-                Token,
-            ) = advance::<BM, D, HIGH, KEEP>(
-                record,
-                acc,
-                d_hi,
-                d_lo,
-                residual,
-                x,
-                key_mean,
-                r_kept,
-                x_kept,
-                kbar_kept,
-                grid.0 * np,
-                tile,
-                tolerance2,
-                ku,
-                token,
-            );
+            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, probe, kbar, tolerance2, ku);
             record = next_record;
             d_hi = next_hi;
             d_lo = next_lo;
-            r_kept = next_r;
-            x_kept = next_x;
-            token = next_token;
+            r = next_r;
+            probe = next_probe;
             worst = any_positive::<BM>(pick::<BM>(record, 4i32));
             it = it + 1i32;
         }
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
-        let mut probe: Tile<f32, { [BM, D] }> = x_kept;
-        if KEEP == 0i32 {
-            let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
-            probe = qf * across::<BM, D>(pick::<BM>(record, 3i32));
-            if it > 0i32 {
-                probe = read_packed::<f32, BM, D>(x, grid.0 * np, tile, token);
-            }
-        }
         probe = add_scaled::<BM, D>(probe, pick::<BM>(record, 11i32) * pick::<BM>(record, 12i32), d);
         let energy: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 14i32);
-        let kbar: Tile<f32, { [BM, D] }> = if KEEP == 1i32 {
-            kbar_kept
-        } else {
-            read_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, token)
-        };
         let shift: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 1i32);
         let sc_true: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 0i32);
         let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
@@ -362,12 +313,19 @@ pub mod forward {
         let mut reach: Tile<f32, { [BM, 1] }> = two * sqrt(energy, rounding::NearestEven, ftz::Disabled);
         if (options & 16i32) != 0i32 {
             probe = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
+            if save_mean != 0i32 {
+                store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
+            }
             // |alpha| <= |x| |k - kbar|, and keys have norm at most 2 sqrt(D) units.
             let most: Tile<f32, { [BM, 1] }> = constant(64.0f32, const_shape![BM, 1]);
             reach = sqrt(row_dot::<BM, D>(probe, probe), rounding::NearestEven, ftz::Disabled) * kun * most;
         } else {
-            if save_state != 0i32 {
-                save_packed::<f32, BM, D>(x, grid.0 * np, tile, probe, token);
+            // Here and above, not once after both: the compiler then finds no registers for the passes.
+            if save_mean != 0i32 {
+                store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
+            }
+            if save_probe != 0i32 {
+                store_packed::<f32, BM, D>(x, grid.0 * np, tile, probe);
             }
         }
         if diagnostics != 0i32 {
@@ -378,23 +336,12 @@ pub mod forward {
         let top: Tile<f32, { [BM, 1] }> = constant(1024.0f32, const_shape![BM, 1]);
         let boost: Tile<f32, { [BM, 1] }> =
             min_tile(pow2_floor::<{ [BM, 1] }>(quotient::<{ [BM, 1] }>(room, one + reach)), top);
-        let norm: Tile<f32, { [BM, 1] }> =
-            sqrt(row_dot::<BM, D>(probe, probe), rounding::NearestEven, ftz::Disabled);
-        let mut xu: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(norm);
-        if HIGH == 1i32 {
-            let sixteenth: Tile<f32, { [BM, 1] }> = constant(0.0625f32, const_shape![BM, 1]);
-            xu = xu * sixteenth;
-        }
-        let scaled: Tile<f32, { [BM, D] }> = probe * across::<BM, D>(quotient::<{ [BM, 1] }>(one, xu));
-        let x_hi: Tile<f16, { [BM, D] }> = convert_tile(scaled);
-        let x_lo: Tile<f16, { [BM, D] }> = low_part::<BM, D>(scaled, x_hi);
         // The weights p a must sum to 1 with the probe that is used, not with the exact one: where the mean key is large, the
         // difference is too.
-        let mut used: Tile<f32, { [BM, D] }> = convert_tile(x_hi);
-        if HIGH == 1i32 {
-            used = scaled;
-        }
-        let xk: Tile<f32, { [BM, 1] }> = one + row_dot::<BM, D>(used, kbar) * xu;
+        let (record, x_hi, x_lo): (Tile<f32, { [BM, 16] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(record, probe, kbar, ku);
+        let xu: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 12i32);
+        let xk: Tile<f32, { [BM, 1] }> = one + pick::<BM>(record, 13i32) * xu * kun;
         let xt: Tile<f32, { [BM, 1] }> = zero - xu * kun;
         let sh: Tile<f32, { [BM, 1] }> = shift + log2(boost);
         let undo: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(one, boost);

@@ -42,15 +42,15 @@ pub mod numbers {
         select(eq_tile(column, at + one + one), third.broadcast(const_shape![BM, 16]), terms)
     }
 
-    /// Number `which` of every query in every row.
-    pub fn number_across<const BM: i32, const BN: i32>(
+    /// `sums` with number `which` of every query added in every row.
+    pub fn add_number<const BM: i32, const BN: i32>(
         terms: Tile<bf16, { [BM, 16] }>,
         which: i32,
+        sums: Tile<f32, { [BN, BM] }>,
     ) -> Tile<f32, { [BN, BM] }> {
         let one: Tile<f32, { [BN, 16] }> = constant(1.0f32, const_shape![BN, 16]);
         let none: Tile<f32, { [BN, 16] }> = constant(0.0f32, const_shape![BN, 16]);
         let ones: Tile<bf16, { [BN, 16] }> = convert_tile(select(terms_of::<BN>(which), one, none));
-        let zero: Tile<f32, { [BN, BM] }> = constant(0.0f32, const_shape![BN, BM]);
-        mma(ones, terms.transpose(), zero)
+        mma(ones, terms.transpose(), sums)
     }
 }

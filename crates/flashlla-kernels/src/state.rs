@@ -1,8 +1,7 @@
-//! Conjugate gradients of a block of queries, with the state in memory: numbers per query in one tile, the solution and the residual behind
-//! each other in scratch that the block reads again, ordered by tokens. The products need the registers.
+//! Conjugate gradients of a block of queries. Vectors stay in registers between the passes over the keys; numbers per query are in one tile.
 //!
 //! A record, f32 `[BM, 16]`, holds per query: 0 logit scale (base 2), 1 -lse (base 2; 0 if no key is seen), 2 |r|^2 that counts as
-//! reached, 3 the caller's, 4 1 while another pass is needed, 7 ridge, 8 |r|^2 (0 once nothing is to be gained), 9 |delta|^2, 10 last step
+//! reached, 4 1 while another pass is needed, 7 ridge, 8 |r|^2 (0 once nothing is to be gained), 9 |delta|^2, 10 last step
 //! length (0: none), 11 length of the free step that ends the solve, 12 unit of the direction, 13 direction.kbar in products'
 //! units, 14 bound of delta.x, 15 passes. Apart, each number would be moved between layouts through shared memory by itself.
 
@@ -144,34 +143,26 @@ pub mod state {
         acc
     }
 
-    /// The step along the direction whose pass gave `acc`, and the next direction. Residual and solution are read and written in
-    /// memory; the token is for who reads them next.
+    /// The step along the direction whose pass gave `acc`: the next record, direction, residual and solution.
     ///
     /// A row stops as soon as one more step along the next direction, of this step's length, is expected to do: that step needs
     /// no pass ("free"). Its residual is |r|^2 times what this step left of it, plus what the change of the length says.
-    pub unsafe fn advance<const BM: i32, const D: i32, const HIGH: i32, const KEEP: i32>(
+    pub fn advance<const BM: i32, const D: i32, const HIGH: i32>(
         record: Tile<f32, { [BM, 16] }>,
         acc: Tile<f32, { [BM, D] }>,
         d_hi: Tile<f16, { [BM, D] }>,
         d_lo: Tile<f16, { [BM, D] }>,
-        residual: *mut f32, // [batch * heads, np, D]
-        x: *mut f32,        // [batch * heads, np, D]
-        key_mean: *mut f32, // [batch * heads, np, D]
-        r_kept: Tile<f32, { [BM, D] }>,
-        x_kept: Tile<f32, { [BM, D] }>,
+        r: Tile<f32, { [BM, D] }>,
+        x: Tile<f32, { [BM, D] }>,
         kbar: Tile<f32, { [BM, D] }>,
-        rows: i32, // batch * heads * np
-        tile: i32,
         tolerance2: f32,
         ku: f32,
-        token: Token,
     ) -> (
         Tile<f32, { [BM, 16] }>,
         Tile<f16, { [BM, D] }>,
         Tile<f16, { [BM, D] }>,
         Tile<f32, { [BM, D] }>,
         Tile<f32, { [BM, D] }>,
-        Token,
     ) {
         let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
@@ -191,32 +182,16 @@ pub mod state {
         let dad: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(d, ad);
         let good: Tile<bool, { [BM, 1] }> = gt_tile(rr, zero) & gt_tile(dad, zero);
         let a: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rr, dad), zero);
-        let r: Tile<f32, { [BM, D] }> =
-            if KEEP == 1i32 { r_kept } else { read_packed::<f32, BM, D>(residual, rows, tile, token) };
         let r: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, zero - a, ad);
         let rn: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(r, r);
         let be: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rn, rr), zero);
         let ahead: Tile<f32, { [BM, 1] }> = rn * (be + step_change::<BM>(a, pick::<BM>(record, 10i32)));
         let enough: Tile<bool, { [BM, 1] }> = le_tile(ahead, thr);
         let more: Tile<bool, { [BM, 1] }> = good & gt_tile(ahead, thr * tiny);
-        let probe: Tile<f32, { [BM, D] }> =
-            if KEEP == 1i32 { x_kept } else { read_packed::<f32, BM, D>(x, rows, tile, token) };
-        let probe: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(probe, a, d);
+        let x: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(x, a, d);
         // A row that has nothing more to gain stays as it is: solution, residual and direction no longer change.
         let good_d: Tile<bool, { [BM, D] }> = good.broadcast(const_shape![BM, D]);
         let next: Tile<f32, { [BM, D] }> = select(good_d, add_scaled::<BM, D>(r, be, d), d);
-        let kbar: Tile<f32, { [BM, D] }> =
-            if KEEP == 1i32 { kbar } else { read_packed::<f32, BM, D>(key_mean, rows, tile, token) };
-        let mut token: Token = token;
-        let mut r_kept: Tile<f32, { [BM, D] }> = r_kept;
-        let mut x_kept: Tile<f32, { [BM, D] }> = x_kept;
-        if KEEP == 1i32 {
-            r_kept = r;
-            x_kept = probe;
-        } else {
-            token = save_packed::<f32, BM, D>(residual, rows, tile, r, token);
-            token = save_packed::<f32, BM, D>(x, rows, tile, probe, token);
-        }
         let reached: Tile<f32, { [BM, 1] }> =
             select(good, select(enough, ahead, rn), pick::<BM>(record, 2i32));
         let free: Tile<f32, { [BM, 1] }> = select(good, select(enough, a, zero), pick::<BM>(record, 11i32));
@@ -232,7 +207,7 @@ pub mod state {
         let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 15i32, passes);
         let (record, hi, lo): (Tile<f32, { [BM, 16] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
             direction::<BM, D, HIGH>(record, next, kbar, ku);
-        (record, hi, lo, r_kept, x_kept, token)
+        (record, hi, lo, r, x)
     }
 
     /// Passes and relative residual of every query.

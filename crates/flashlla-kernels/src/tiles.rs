@@ -42,7 +42,27 @@ pub mod tiles {
     ) -> Tile<E, { [R, D] }> {
         let stride: i32 = assume_div_by::<_, 8>(stride);
         let cols: i32 = assume_div_by::<_, 8>(cols);
-        let tile: Tile<E, { [R, D] }> = load_rows::<E, R, D>(base, stride, rows, cols);
+        // Where each access is checked, each waits for the one before.
+        let tile: Tile<E, { [R, D] }> = if (rows >= R) && (cols >= D) {
+            let shape: Shape<{ [-1, -1] }> = Shape::<{ [-1, -1] }> { dims: &[rows, cols] };
+            let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[stride] };
+            let view: Tensor<E, { [-1, -1] }> = make_tensor_view(base, shape, strides, new_token_unordered());
+            let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
+            let (all, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
+                &part,
+                [0i32, 0i32],
+                Some(new_token_unordered()),
+                ordering::Weak,
+                scope::TileBlock,
+                tma::Disabled,
+                None,
+                [true, true],
+                const_shape![R, D],
+            );
+            all
+        } else {
+            load_rows::<E, R, D>(base, stride, rows, cols)
+        };
         tile
     }
 
@@ -121,20 +141,23 @@ pub mod tiles {
         value: Tile<E, { [R, D] }>,
     ) {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
-        let mut part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
-        store_view_tko_mut(
-            &mut part,
+        let part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
+        let _token: Token = store_view_raw(
+            &part,
             value,
             [index, 0i32],
+            Some(new_token_unordered()),
             ordering::Weak,
             scope::TileBlock,
-            None,
             tma::Disabled,
+            None,
+            [true, true],
         );
     }
 
     /// Tile `index` of such an array, where one tile is all that a tile block reads of it: a bulk copy would first have to build
-    /// a descriptor of the array, which takes longer than the copy.
+    /// a descriptor of the array, which takes longer than the copy. Inside by promise: where each access is checked, each waits
+    /// for the one before.
     pub unsafe fn load_packed<E: ElementType, const R: i32, const D: i32>(
         ptr: *mut E,
         rows: i32,
@@ -142,48 +165,10 @@ pub mod tiles {
     ) -> Tile<E, { [R, D] }> {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
         let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
-        let tile: Tile<E, { [R, D] }> =
-            load_view_tko(&part, [index, 0i32], ordering::Weak, scope::TileBlock, None, tma::Disabled);
-        tile
-    }
-
-    /// `store_packed` after what `after` stands for; returns what stands for this.
-    pub unsafe fn save_packed<E: ElementType, const R: i32, const D: i32>(
-        ptr: *mut E,
-        rows: i32,
-        index: i32,
-        value: Tile<E, { [R, D] }>,
-        after: Token,
-    ) -> Token {
-        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
-        let part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
-        let token: Token = store_view_raw(
-            &part,
-            value,
-            [index, 0i32],
-            Some(after),
-            ordering::Weak,
-            scope::TileBlock,
-            tma::Disabled,
-            None,
-            [true, true],
-        );
-        token
-    }
-
-    /// `load_packed` of what this tile block has stored itself, after what `after` stands for.
-    pub unsafe fn read_packed<E: ElementType, const R: i32, const D: i32>(
-        ptr: *mut E,
-        rows: i32,
-        index: i32,
-        after: Token,
-    ) -> Tile<E, { [R, D] }> {
-        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
-        let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
         let (tile, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
             &part,
             [index, 0i32],
-            Some(after),
+            Some(new_token_unordered()),
             ordering::Weak,
             scope::TileBlock,
             tma::Disabled,
@@ -256,6 +241,20 @@ pub mod tiles {
         let (t, _tok): (Tile<i32, { [] }>, Token) =
             load_ptr_tko(base, ordering::Weak, None::<scope::TileBlock>, None, None, None, Latency::<0>);
         let x: i32 = tile_to_scalar(t);
+        x
+    }
+
+    /// Writes one number of a device array.
+    pub unsafe fn store_number(base: *mut f32, at: i64, x: f32) {
+        store_column::<f32, 1>(slice::<f32>(base, at), 1i32, broadcast_scalar(x, const_shape![1]));
+    }
+
+    /// The largest finite magnitude of a tile.
+    pub fn largest<const R: i32, const C: i32>(x: Tile<f32, { [R, C] }>) -> f32 {
+        let zero: Tile<f32, { [R, C] }> = constant(0.0f32, const_shape![R, C]);
+        let rows: Tile<f32, { [R] }> = reduce_max(select(finite::<{ [R, C] }>(x), absf(x), zero), 1i32);
+        let all: Tile<f32, { [] }> = reduce_max(rows, 0i32);
+        let x: f32 = tile_to_scalar(all);
         x
     }
 
@@ -499,10 +498,15 @@ pub mod tiles {
         y
     }
 
-    /// What turns a product of scaled queries and keys into a logit of base 2. Never 0, and -inf stays -inf under it:
-    /// the engine refuses a negative scale in the backward.
+    /// What turns a product of scaled queries and keys into a logit of base 2. Positive, so that -inf stays -inf under it (the
+    /// engine refuses a negative scale in the backward), and no less than what changes a weight: products are below 1e6.
     pub fn logit_scale(scale: f32, unit: f32) -> f32 {
-        max(scale * unit * 1.4426950408889634f32, 1.0e-30f32)
+        max(scale * unit * 1.4426950408889634f32, 1.0e-20f32)
+    }
+
+    /// What turns a product of scaled probes and keys into its part of `1 + x.(kbar - k)`: no smaller than what changes the sum.
+    pub fn probe_factor(unit: f32) -> f32 {
+        0.0f32 - max(unit, 1.0e-20f32)
     }
 
     /// `-lse` in base 2, 0 where no key is seen.

@@ -49,7 +49,8 @@ fn tiles(entry: &str, d: i32) -> Tiles {
         ("lla_forward" | "lla_backward_solve", 128) => (64, 128, 8, 1),
         ("lla_backward_query", 64) => (128, 64, 8, 1),
         ("lla_backward_query", 128) => (64, 64, 4, 1),
-        ("lla_backward_key", _) => (64, 64, 8, 1),
+        ("lla_backward_key", 64) => (64, 64, 4, 2),
+        ("lla_backward_key", _) => (32, 128, 8, 1),
         _ => (64, 64, 4, 2),
     }
 }
@@ -157,9 +158,6 @@ fn product(
     generics.push(flag(bias));
     if !dtype.is_empty() {
         generics.push(flag(aligned));
-    }
-    if entry == "lla_forward" {
-        generics.push(flag(d == 128));
     }
     let kind = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
     Variant {

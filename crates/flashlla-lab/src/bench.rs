@@ -1,5 +1,7 @@
-//! `flashlla bench`: how fast forward and backward run, as a share of what this machine's matrix products reach.
+//! `flashlla bench`: how fast forward and backward run, as a share of what this machine's matrix products reach, and decoding, as a
+//! share of what its memory does.
 
+mod decode;
 mod matmul;
 
 use crate::device::AnyEngine;
@@ -18,7 +20,8 @@ pub const EXAMPLES: &str = "\
 Examples:
   flashlla bench
   flashlla bench --shape 1,8,2048,64 --shape 1,8,2048,128 --op forward --threads 1
-  flashlla bench --dtype bf16 --ridge 1 --json > bench.jsonl";
+  flashlla bench --dtype bf16 --ridge 1 --json > bench.jsonl
+  flashlla bench --op decode --dtype bf16 --context 16384 --group 1 --group 4 --page-size 64";
 
 /// The options of `bench`.
 #[derive(Debug, Args)]
@@ -60,6 +63,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "COUNT", default_value = "7", allow_hyphen_values = true, value_parser = clap::value_parser!(u16).range(1..))]
     pub repeats: u16,
 
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub decode: decode::DecodeArgs,
+
     /// Seed of the inputs
     #[arg(long, value_name = "NUMBER", default_value = "0")]
     pub seed: u64,
@@ -79,6 +86,8 @@ pub enum Op {
     /// One after the other, each by itself
     #[default]
     Both,
+    /// One step of generation against a cache of keys and values
+    Decode,
 }
 
 /// A pass that is timed.
@@ -158,6 +167,9 @@ fn bench<T: Element>(args: &BenchArgs) -> Result<()>
 where
     StandardNormal: Distribution<T::Acc>,
 {
+    if args.op == Op::Decode {
+        return decode::run::<T>(args);
+    }
     let shapes = match &args.shape[..] {
         [] => &[[1, 1, 1024, 64], [1, 1, 4096, 64], [1, 1, 1024, 128], [1, 1, 4096, 128]],
         shapes => shapes,

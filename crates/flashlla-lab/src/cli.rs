@@ -51,11 +51,12 @@ pub enum Command {
     #[command(subcommand)]
     Experiment(Experiment),
 
-    /// Measure the speed of forward and backward on this machine
+    /// Measure the speed of forward, backward and decoding on this machine
     ///
     /// Times are medians over repeats after a warm-up, on normally distributed inputs. The machine's own rate of matrix
     /// products, in the same arithmetic and on the same threads, is measured in the same run; efficiency is the ratio of
-    /// the two. A table on a terminal; JSON lines with --json or into a pipe.
+    /// the two. With --op decode, the yardstick is the rate at which the same cache can merely be summed. A table on a terminal;
+    /// JSON lines with --json or into a pipe.
     #[command(after_long_help = bench::EXAMPLES)]
     Bench(BenchArgs),
 

@@ -312,6 +312,21 @@ pub(crate) fn expect_shape(
     if given == expected { Ok(()) } else { Err(Error::shape(argument, &given, &expected, meaning)) }
 }
 
+pub(crate) fn check_bias(a: &Attention, shape: [usize; 4]) -> Result<()> {
+    let [b, h, m, one] = shape;
+    if (b == 1 || b == a.batch) && (h == 1 || h == a.heads || h == a.kv_heads) && m == a.keys && one == 1 {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        argument: "bias",
+        given: shape.to_vec(),
+        expected: format!(
+            "[{} or 1, {} or {} or 1, {}, 1] (batch, query heads or KV heads, keys, 1)",
+            a.batch, a.heads, a.kv_heads, a.keys
+        ),
+    })
+}
+
 /// A description joined with its queries, keys and values, and optionally a bias on the logits and a given probe.
 #[derive(Debug, Clone)]
 pub struct Problem<'a, T: Element> {
@@ -327,22 +342,7 @@ impl<'a, T: Element> Problem<'a, T> {
     /// Adds a bias per key to the logits: `scale q·k_j + b_j`. Its shape is `[B or 1, HQ or H or 1, M, 1]`; one that is
     /// shared by heads or batches has a gradient summed over them. A bias of minus infinity hides its key.
     pub fn with_bias(mut self, bias: View<'a, T::Acc>) -> Result<Self> {
-        let a = self.attention;
-        let [b, h, m, one] = bias.shape();
-        if !((b == 1 || b == a.batch)
-            && (h == 1 || h == a.heads || h == a.kv_heads)
-            && m == a.keys
-            && one == 1)
-        {
-            return Err(Error::Shape {
-                argument: "bias",
-                given: bias.shape().to_vec(),
-                expected: format!(
-                    "[{} or 1, {} or {} or 1, {}, 1] (batch, query heads or KV heads, keys, 1)",
-                    a.batch, a.heads, a.kv_heads, a.keys
-                ),
-            });
-        }
+        check_bias(self.attention, bias.shape())?;
         self.bias = Some(bias);
         Ok(self)
     }

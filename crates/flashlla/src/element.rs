@@ -11,7 +11,9 @@ mod sealed {
 }
 
 /// A storage type: `f64`, `f32`, [`bf16`] or [`struct@f16`].
-pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
+pub trait Element:
+    sealed::Sealed + crate::cpu::Widen + Copy + Default + Send + Sync + std::fmt::Debug + 'static
+{
     /// The type that sums are kept in: `f64` for `f64`, `f32` for the others.
     type Acc: Real;
     /// The type's name as tensor libraries spell it.

@@ -1,7 +1,7 @@
 //! What every engine offers, and what comes out of it.
 
 use crate::attention::expect_shape;
-use crate::{Element, Problem, Result, Tensor, View, ViewMut};
+use crate::{Decoding, Element, Problem, Result, Tensor, View, ViewMut, decoding};
 
 /// How the solve of every query went.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -113,6 +113,30 @@ pub trait Engine {
     fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T::Acc>> {
         let mut out = Tensor::zeros(&problem.attention().out_shape());
         let state = self.forward_into(problem, out.view_mut())?;
+        Ok(Forward { out, state })
+    }
+
+    /// Decodes: the outputs of new queries that look at a cache, into `out [B, HQ, t, DV]`, any storage type and strides. The
+    /// answer is that of a forward over each sequence's tokens, within rounding; engines with nothing better gather the tokens
+    /// and run that forward.
+    fn decode_into<T: Element, O: Element>(
+        &self,
+        decoding: &Decoding<T>,
+        out: ViewMut<O>,
+    ) -> Result<State<T::Acc>>
+    where
+        Self: Sized,
+    {
+        decoding::by_forward(self, decoding, out)
+    }
+
+    /// Decodes.
+    fn decode<T: Element>(&self, decoding: &Decoding<T>) -> Result<Forward<T::Acc>>
+    where
+        Self: Sized,
+    {
+        let mut out = Tensor::zeros(&decoding.attention().out_shape());
+        let state = self.decode_into(decoding, out.view_mut())?;
         Ok(Forward { out, state })
     }
 

@@ -59,6 +59,14 @@ pub enum Error {
         /// The described strides, in elements.
         strides: Vec<isize>,
     },
+    /// A cache has no room for what is to be appended; nothing was.
+    #[error("cache: {needed}, but there is {there}; free or truncate sequences, or make a larger cache")]
+    CacheFull {
+        /// What was asked for.
+        needed: String,
+        /// What there is.
+        there: String,
+    },
     /// The caller ended the call ([`crate::Cpu::stopped_by`]); its outputs are written in part.
     #[error("the call was interrupted")]
     Interrupted,

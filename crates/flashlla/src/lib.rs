@@ -49,6 +49,9 @@
 //! # Ok::<(), flashlla::Error>(())
 //! ```
 //!
+//! To generate token by token, keep keys and values in a [`KvCache`], or describe your own with a [`CacheView`], and hand an
+//! [`Attention::decoding`] to [`Engine::decode`]: one example is at [`KvCache`].
+//!
 //! [`Cpu`] runs anywhere. With the feature `cuda` there is an engine for NVIDIA GPUs, `Cuda`, with the same interface; it
 //! computes in fp16 and `f32` and refuses `f64`.
 //!
@@ -64,9 +67,11 @@
 //! - Memory beyond inputs and outputs is `O(N·D)`; results do not depend on the number of threads.
 
 pub mod attention;
+pub mod cache;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod decoding;
 mod element;
 mod engine;
 mod error;
@@ -78,9 +83,11 @@ mod tensor;
 mod view;
 
 pub use attention::{Attention, AttentionBuilder, MAX_HEAD_DIM, Problem};
+pub use cache::{CacheShape, CacheView, KvCache};
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
+pub use decoding::{Decoding, MAX_DECODE_QUERIES};
 pub use element::{Element, Real};
 pub use engine::{Diagnostics, Engine, Forward, Gradients, OtherGradients, State};
 pub use error::{Error, Result};

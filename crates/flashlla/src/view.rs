@@ -173,7 +173,7 @@ pub(crate) struct Row<'a, T> {
 impl<'a, T: Element> Row<'a, T> {
     /// The elements as a slice, when they are neighbours.
     #[inline(always)]
-    fn as_slice(&self) -> Option<&'a [T]> {
+    pub fn as_slice(&self) -> Option<&'a [T]> {
         // SAFETY: `View::row` made `len` elements from `start` valid for `'a`; with stride 1 they are contiguous.
         (self.stride == 1 || self.len == 1)
             .then(|| unsafe { std::slice::from_raw_parts(self.start, self.len) })

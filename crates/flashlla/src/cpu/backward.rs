@@ -9,7 +9,7 @@ use super::forward::{largest_logit, ridges, scaled_queries};
 use super::pack::Head;
 use super::product::{Finish, Left, Plain, Right};
 use super::rows::{Inputs, ReadRows};
-use super::solve::{Solved, Systems, shifts, solve};
+use super::solve::{Block, Solved, Systems, shifts, solve};
 use super::{LANES, Place, TILE, padded};
 use crate::{Real, Visible};
 use pulp::{Simd, WithSimd};
@@ -258,7 +258,7 @@ pub fn rows<C: Real>(
         Solved { iterations: vec![0; n], residual: vec![0.0; n], direct: 0 }
     } else {
         let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver: attention.solver() };
-        solve(arith, &mut weights, &systems, &mut residual, &mut y, tile)
+        solve(arith, &mut Block { weights: &mut weights, tile }, &systems, &mut residual, &mut y)
     };
 
     let [bad_k, bad_v] = bad_tokens(head, bias);

@@ -16,12 +16,19 @@ pub struct Arith {
     pub flop: Cell<u64>,
 }
 
+/// Where a product is added to: rows `row` apart.
+pub struct AddProduct<'a, T> {
+    pub data: &'a mut [T],
+    pub row: usize,
+}
+
 impl Arith {
     pub fn new(arch: pulp::Arch) -> Self {
         Self { arch, flop: Cell::new(0) }
     }
 
-    fn count(&self, [m, n, k]: [usize; 3]) {
+    /// Counts a product of sizes `[m, n, k]` that was made elsewhere.
+    pub fn count(&self, [m, n, k]: [usize; 3]) {
         self.flop.set(self.flop.get() + 2 * (m * n * k) as u64);
     }
 
@@ -42,6 +49,18 @@ impl Arith {
     pub fn add_product<T: SimdReal>(&self, size: [usize; 3], a: Left<T>, b: Right<T>, c: &mut [T]) {
         self.count(size);
         add_product(self.arch, size, a, b, c, size[1]);
+    }
+
+    /// `into += a · b` for sizes `[m, n, k]`, into part of something larger.
+    pub fn add_product_into<T: SimdReal>(
+        &self,
+        size: [usize; 3],
+        a: Left<T>,
+        b: Right<T>,
+        into: AddProduct<T>,
+    ) {
+        self.count(size);
+        add_product(self.arch, size, a, b, into.data, into.row);
     }
 
     pub fn dot<T: Real>(&self, a: &[T], b: &[T]) -> T {

@@ -5,17 +5,17 @@
 //! refinement, whose residual comes from the keys themselves rather than from the formed matrix.
 
 use super::block::{Arith, Weights};
+use super::cholesky::Cholesky;
 use super::product::{Left, Right};
-use super::solve::{Cg, Systems, apply, relative};
+use super::solve::{Cg, Matrices, Systems, relative};
 use super::{LANES, TILE};
 use crate::Real;
-use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::cholesky::llt::{factor, solve as triangular};
-use faer::prelude::{Reborrow, ReborrowMut};
-use faer::{Conj, MatMut, Par};
 
 /// Columns of pairwise products held at once: with a block's rows, they stay in the second-level cache.
 const COLUMNS: usize = 1024;
+
+/// A residual of so many ε is near what refinement would leave.
+const HARDLY: f64 = 16.0;
 
 /// What a direct solve costs per row, in floating-point operations at the rate of the products.
 pub fn flop(keys: f64, dim: usize) -> f64 {
@@ -27,54 +27,38 @@ pub fn flop(keys: f64, dim: usize) -> f64 {
 /// Solves the rows named; returns those whose matrix is not positive definite in this arithmetic.
 pub fn solve<C: Real>(
     arith: &Arith,
-    weights: &mut Weights<C>,
+    source: &mut impl Matrices<C>,
     systems: &Systems<C>,
     rows: &[usize],
     run: &mut Cg<C>,
-    tile: &mut Vec<C>,
 ) -> Vec<usize> {
-    let (dim, width) = (weights.scores.head.k.dim, weights.scores.head.k.width);
+    let (dim, width) = (source.dim(), source.width());
     let mut matrices = vec![C::ZERO; rows.len() * dim * width];
-    second_moments(arith, weights, rows, &mut matrices);
+    source.second_moments(arith, rows, &mut matrices);
+    let mut cholesky = Cholesky::new(dim, width);
 
-    let stack_size = factor::cholesky_in_place_scratch::<C>(dim, Par::Seq, Default::default());
-    let mut memory = MemBuffer::new(stack_size);
-    let mut solve_once = |matrix: &mut [C], rhs: &mut [C], factored: bool| -> bool {
-        let mut matrix = MatMut::from_column_major_slice_with_stride_mut(matrix, dim, dim, width);
-        if !factored {
-            let stack = MemStack::new(&mut memory);
-            let regularisation = Default::default();
-            if factor::cholesky_in_place(matrix.rb_mut(), regularisation, Par::Seq, stack, Default::default())
-                .is_err()
-            {
-                return false;
-            }
-        }
-        let rhs = MatMut::from_column_major_slice_mut(&mut rhs[..dim], dim, 1);
-        let stack = MemStack::new(&mut memory);
-        triangular::solve_in_place_with_conj(matrix.rb(), Conj::No, rhs, Par::Seq, stack);
-        true
-    };
-
+    let mut refine = source.applies_cheaply();
     // A = C + λI from the second moments, its lower triangle column by column.
     let mut failed = vec![];
     let mut x = vec![C::ZERO; rows.len() * width];
     for (i, &row) in rows.iter().enumerate() {
-        let mean = &systems.key_mean[row * width..][..width];
         let matrix = &mut matrices[i * dim * width..][..dim * width];
-        for (a, column) in matrix.chunks_exact_mut(width).enumerate() {
-            for (b, entry) in column.iter_mut().enumerate().take(dim).skip(a) {
-                *entry = *entry * weights.inv_sum[row] - mean[a] * mean[b];
-            }
-            column[a] += systems.ridge[row];
-        }
+        let mean = &systems.key_mean[row * width..][..width];
+        centre(matrix, dim, source.inv_sum()[row], mean, systems.ridge[row]);
         let x = &mut x[i * width..][..width];
         // From whatever point conjugate gradients came to.
         x.copy_from_slice(&run.residual[row * width..][..width]);
-        let solved = solve_once(matrix, x, false) && x.iter().all(|x| x.is_finite());
+        let largest = (0..dim).map(|a| matrix[a * width + a].as_f64()).fold(0.0, f64::max);
+        let solved = cholesky.factor(matrix) && cholesky.solve(matrix, x) && x.iter().all(|x| x.is_finite());
         if solved {
             arith.combine(&mut run.x[row * width..][..width], C::ONE, C::ONE, x);
+            // What rounding of the matrix's entries leaves of the residual, relative and in units of ε.
+            let ratio = (arith.dot(x, x) / run.norms[row]).root().as_f64();
+            let rounding = (dim as f64).sqrt() * largest * ratio;
+            refine |= rounding > HARDLY || rounding.is_nan();
+            run.solved.residual[row] = (C::EPSILON.as_f64() * rounding) as f32;
         } else {
+            refine = true;
             failed.push(row);
             // Conjugate gradients will start anew.
             let so_far = run.x[row * width..][..width].to_vec();
@@ -83,10 +67,13 @@ pub fn solve<C: Real>(
         }
     }
 
+    if !refine {
+        return failed;
+    }
     // residual −= A (what was added), then once more with the factors that are there.
     let mut image = vec![C::ZERO; x.len()];
     for refined in [false, true] {
-        apply(arith, weights, systems, rows, &x, &mut image, tile);
+        source.apply(arith, systems, rows, &x, &mut image);
         for (i, &row) in rows.iter().enumerate() {
             let residual = &mut run.residual[row * width..][..width];
             if failed.contains(&row) {
@@ -100,7 +87,7 @@ pub fn solve<C: Real>(
             if !refined {
                 let x = &mut x[i * width..][..width];
                 x.copy_from_slice(residual);
-                solve_once(&mut matrices[i * dim * width..][..dim * width], x, true);
+                cholesky.solve(&matrices[i * dim * width..][..dim * width], x);
                 arith.combine(&mut run.x[row * width..][..width], C::ONE, C::ONE, x);
             }
         }
@@ -108,9 +95,19 @@ pub fn solve<C: Real>(
     failed
 }
 
+/// From second moments, relative to weights whose sum is one over `inv_sum`, to `A = C + λI`: entries `b ≥ a` of row `a`.
+pub fn centre<C: Real>(matrix: &mut [C], dim: usize, inv_sum: C, mean: &[C], ridge: C) {
+    for (a, column) in matrix.chunks_exact_mut(mean.len()).enumerate() {
+        for (b, entry) in column.iter_mut().enumerate().take(dim).skip(a) {
+            *entry = *entry * inv_sum - mean[a] * mean[b];
+        }
+        column[a] += ridge;
+    }
+}
+
 /// `Σ p_j k_j k_jᵀ` of the rows named, each `dim` rows of `width` of which entries `b ≥ a` of row `a` are filled; relative to
 /// unnormalised weights.
-fn second_moments<C: Real>(arith: &Arith, weights: &mut Weights<C>, rows: &[usize], matrices: &mut [C]) {
+pub fn second_moments<C: Real>(arith: &Arith, weights: &mut Weights<C>, rows: &[usize], matrices: &mut [C]) {
     let head = weights.scores.head;
     let (dim, width) = (head.k.dim, head.k.width);
     let from = |a: usize| a / LANES * LANES;

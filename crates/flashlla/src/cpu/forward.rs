@@ -5,7 +5,7 @@ use super::pack::Head;
 use super::product::{Finish, Left, Right};
 use super::rows::Inputs;
 use super::simd::SimdReal;
-use super::solve::{Solved, Systems, shifts, solve};
+use super::solve::{Block, Solved, Systems, shifts, solve};
 use super::{Place, TILE};
 use crate::{Attention, Real, Visible};
 use pulp::Simd;
@@ -69,12 +69,14 @@ pub fn scaled_queries<C: Real>(inputs: &Inputs<C>, place: &Place, width: usize, 
     bad
 }
 
+/// The ridge of one query. A λ below the range of the arithmetic still is not 0.
+pub fn ridge<C: Real>(attention: &Attention, batch: usize, head: usize, query: usize) -> C {
+    C::of_f64(attention.ridge().at(batch, head, query).max(f32::MIN_POSITIVE.into()))
+}
+
 /// The ridge of every row of a block.
 pub fn ridges<C: Real>(attention: &Attention, place: &Place) -> Vec<C> {
-    // A λ below the range of the arithmetic still is not 0.
-    let least = C::of_f64(f32::MIN_POSITIVE as f64);
-    let at = |i| C::of_f64(attention.ridge().at(place.batch, place.head, i));
-    place.rows.clone().map(at).map(|ridge| if ridge < least { least } else { ridge }).collect()
+    place.rows.clone().map(|i| ridge(attention, place.batch, place.head, i)).collect()
 }
 
 /// The largest size of the rows' largest scores.
@@ -123,7 +125,7 @@ pub fn forward<C: Real>(
         None => {
             let ridge = ridges(attention, place);
             let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver: attention.solver() };
-            solve(&arith, &mut weights, &systems, &mut residual, &mut x, tile)
+            solve(&arith, &mut Block { weights: &mut weights, tile }, &systems, &mut residual, &mut x)
         }
     };
 

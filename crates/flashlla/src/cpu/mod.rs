@@ -10,6 +10,8 @@
 
 mod backward;
 mod block;
+mod cholesky;
+mod decode;
 mod direct;
 mod forward;
 mod pack;
@@ -19,14 +21,17 @@ mod rowwise;
 mod simd;
 mod solve;
 mod tasks;
+mod widen;
 
 #[cfg(feature = "cuda")]
 pub(crate) use pack::Bad;
 pub use simd::SimdReal;
+pub use widen::Widen;
 
 use crate::engine::{check_gradients, check_out};
 use crate::{
-    Element, Engine, Error, OtherGradients, Precision, Problem, Real, Result, State, Tensor, View, ViewMut,
+    Decoding, Element, Engine, Error, OtherGradients, Precision, Problem, Real, Result, State, Tensor, View,
+    ViewMut,
 };
 use rows::{Inputs, ReadRows, WriteRows};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -251,6 +256,14 @@ impl Engine for Cpu {
         }
         let diagnostics = tasks::gathered(blocks.into_iter().map(|block| (block.solved, block.flop)));
         Ok(State { lse: Tensor::new(lse.into_vec(), &rows), key_mean, probe, diagnostics })
+    }
+
+    fn decode_into<T: Element, O: Element>(
+        &self,
+        decoding: &Decoding<T>,
+        out: ViewMut<O>,
+    ) -> Result<State<T::Acc>> {
+        decode::decode_into(self.run(), decoding, out)
     }
 
     fn backward_into<T: Element, G: Element, O: Element>(

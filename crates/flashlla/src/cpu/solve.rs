@@ -18,6 +18,61 @@ pub struct Systems<'a, C> {
     pub solver: Solver,
 }
 
+/// The matrices `C + λI` of some rows, never formed: what a solver can ask of them.
+pub trait Matrices<C: Real> {
+    /// How many there are.
+    fn rows(&self) -> usize;
+    /// Their dimension.
+    fn dim(&self) -> usize;
+    /// The distance of vectors.
+    fn width(&self) -> usize;
+    /// Keys that each is a sum over.
+    fn keys(&self) -> usize;
+    /// One over the sum of each row's weights; 0 where it sees no key.
+    fn inv_sum(&self) -> &[C];
+    /// `out_i = A_row d_i` for the vectors `d_i` of the rows named.
+    fn apply(&mut self, arith: &Arith, systems: &Systems<C>, rows: &[usize], d: &[C], out: &mut [C]);
+    /// `Σ p_j k_j k_jᵀ` of the rows named, each `dim` rows of `width` of which entries `b ≥ a` of row `a` are filled; relative to
+    /// unnormalised weights.
+    fn second_moments(&mut self, arith: &Arith, rows: &[usize], matrices: &mut [C]);
+    /// Whether [`Matrices::apply`] costs little beside [`Matrices::second_moments`]. If not, a direct solve does without where
+    /// rounding hardly touches it.
+    fn applies_cheaply(&self) -> bool;
+}
+
+/// A block's softmax weights and its buffer for a tile of products.
+pub struct Block<'a, 'b, C> {
+    pub weights: &'a mut Weights<'b, C>,
+    pub tile: &'a mut Vec<C>,
+}
+
+impl<C: Real> Matrices<C> for Block<'_, '_, C> {
+    fn rows(&self) -> usize {
+        self.weights.rows()
+    }
+    fn dim(&self) -> usize {
+        self.weights.scores.head.k.dim
+    }
+    fn width(&self) -> usize {
+        self.weights.scores.head.k.width
+    }
+    fn keys(&self) -> usize {
+        self.weights.tiles.len() * TILE
+    }
+    fn inv_sum(&self) -> &[C] {
+        &self.weights.inv_sum
+    }
+    fn apply(&mut self, arith: &Arith, systems: &Systems<C>, rows: &[usize], d: &[C], out: &mut [C]) {
+        apply(arith, self.weights, systems, rows, d, out, self.tile);
+    }
+    fn second_moments(&mut self, arith: &Arith, rows: &[usize], matrices: &mut [C]) {
+        direct::second_moments(arith, self.weights, rows, matrices);
+    }
+    fn applies_cheaply(&self) -> bool {
+        true
+    }
+}
+
 /// How each row's solve went.
 pub struct Solved {
     pub iterations: Vec<u32>,
@@ -67,8 +122,7 @@ impl<T: SimdReal + std::ops::AddAssign> Finish<T> for CovarianceWeights<'_, T> {
     }
 }
 
-/// `out_i = A_row d_i` for the vectors `d_i` of the rows named.
-pub fn apply<C: Real>(
+fn apply<C: Real>(
     arith: &Arith,
     weights: &mut Weights<C>,
     systems: &Systems<C>,
@@ -153,23 +207,22 @@ fn row_of<C>(rows: &[C], row: usize, width: usize) -> &[C] {
 /// Solves for `x`; `residual` holds the right-hand sides and becomes what is left of them.
 pub fn solve<C: Real>(
     arith: &Arith,
-    weights: &mut Weights<C>,
+    matrices: &mut impl Matrices<C>,
     systems: &Systems<C>,
     residual: &mut [C],
     x: &mut [C],
-    tile: &mut Vec<C>,
 ) -> Solved {
-    let (rows, width) = (weights.rows(), weights.scores.head.k.width);
+    let (rows, width) = (matrices.rows(), matrices.width());
     x.fill(C::ZERO);
     let scales = normalise(residual, width);
     let mut solved = Solved { iterations: vec![0; rows], residual: vec![0.0; rows], direct: 0 };
     let norms: Vec<C> = residual.chunks_exact(width).map(|r| arith.dot(r, r)).collect();
     // A row that sees nothing has nothing to solve; one with a NaN has nothing to find.
     let todo: Vec<usize> = (0..rows)
-        .filter(|&row| weights.inv_sum[row] > C::ZERO && norms[row] > C::ZERO && norms[row].is_finite())
+        .filter(|&row| matrices.inv_sum()[row] > C::ZERO && norms[row] > C::ZERO && norms[row].is_finite())
         .collect();
     for row in 0..rows {
-        if !norms[row].is_finite() || !weights.inv_sum[row].is_finite() {
+        if !norms[row].is_finite() || !matrices.inv_sum()[row].is_finite() {
             solved.residual[row] = f32::NAN;
             x[row * width..][..width].fill(C::NAN);
         }
@@ -177,23 +230,22 @@ pub fn solve<C: Real>(
     let mut run = Cg { norms: &norms, residual, x, solved: &mut solved };
     let left = match systems.solver {
         Solver::Cg { tolerance, max_iters } => {
-            run.conjugate_gradients(arith, weights, systems, todo, tolerance, max_iters, false, tile);
+            run.conjugate_gradients(arith, matrices, systems, todo, tolerance, max_iters, false);
             vec![]
         }
         Solver::Auto { tolerance, max_iters } => {
             let tolerance = tolerance.unwrap_or(Solver::default_tolerance(size_of::<C>() == 8));
             let limit = max_iters.unwrap_or(usize::MAX);
-            run.conjugate_gradients(arith, weights, systems, todo, tolerance, limit, true, tile)
+            run.conjugate_gradients(arith, matrices, systems, todo, tolerance, limit, true)
         }
         Solver::Direct => todo,
     };
     if !left.is_empty() {
-        let failed = direct::solve(arith, weights, systems, &left, &mut run, tile);
+        let failed = direct::solve(arith, matrices, systems, &left, &mut run);
         // Not positive definite in this arithmetic. Conjugate gradients never need that of the whole matrix.
         run.solved.direct += left.len() - failed.len();
-        let (tolerance, limit) =
-            (Solver::default_tolerance(size_of::<C>() == 8), 4 * weights.scores.head.k.dim);
-        run.conjugate_gradients(arith, weights, systems, failed, tolerance, limit, false, tile);
+        let (tolerance, limit) = (Solver::default_tolerance(size_of::<C>() == 8), 4 * matrices.dim());
+        run.conjugate_gradients(arith, matrices, systems, failed, tolerance, limit, false);
     }
     for (row, &scale) in scales.iter().enumerate().filter(|(_, scale)| **scale != C::ONE) {
         for values in [&mut *residual, &mut *x] {
@@ -245,15 +297,14 @@ impl<C: Real> Cg<'_, C> {
     fn conjugate_gradients(
         &mut self,
         arith: &Arith,
-        weights: &mut Weights<C>,
+        matrices: &mut impl Matrices<C>,
         systems: &Systems<C>,
         mut rows: Vec<usize>,
         tolerance: f64,
         max_iters: usize,
         may_change: bool,
-        tile: &mut Vec<C>,
     ) -> Vec<usize> {
-        let (width, dim) = (weights.scores.head.k.width, weights.scores.head.k.dim);
+        let (width, dim, keys) = (matrices.width(), matrices.dim(), matrices.keys());
         let tolerance = C::of_f64(tolerance.max(4.0 * C::EPSILON.as_f64()));
         let done = tolerance * tolerance;
         // Search directions and their images, of the rows that are not done, close together.
@@ -263,11 +314,11 @@ impl<C: Real> Cg<'_, C> {
         let mut norm: Vec<C> = rows.iter().map(|&row| self.norms[row]).collect();
         let mut step = 0;
         while !rows.is_empty() && step < max_iters {
-            if may_change && step >= 3 && self.is_direct_cheaper(weights, &rows, &norm, step, done, dim) {
+            if may_change && step >= 3 && self.is_direct_cheaper(keys, &rows, &norm, step, done, dim) {
                 break;
             }
             step += 1;
-            apply(arith, weights, systems, &rows, &d[..rows.len() * width], &mut image, tile);
+            matrices.apply(arith, systems, &rows, &d[..rows.len() * width], &mut image);
             let mut kept = 0;
             for i in 0..rows.len() {
                 let row = rows[i];
@@ -304,14 +355,14 @@ impl<C: Real> Cg<'_, C> {
     /// Whether going on, at the rate of convergence so far, takes longer than forming and factoring the matrices.
     fn is_direct_cheaper(
         &self,
-        weights: &Weights<C>,
+        keys: usize,
         rows: &[usize],
         norm: &[C],
         step: usize,
         done: C,
         dim: usize,
     ) -> bool {
-        let keys = (weights.tiles.len() * TILE) as f64;
+        let keys = keys as f64;
         let per_step = 4.0 * keys * dim as f64;
         let direct = direct::flop(keys, dim);
         let worst = rows.iter().zip(norm).map(|(&row, &norm)| {

@@ -1,7 +1,9 @@
 //! [`BackwardPlan`]: the backward on device pointers.
 
 use super::driver::{Arguments, Context, Memory, fill, upload};
-use super::plan::{Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, side};
+use super::plan::{
+    Convert, ConvertScratch, Core, Group, Places, Source, Tables, Variants, aligned, dtype, int, side,
+};
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Element, Error, Result};
 use std::sync::Arc;
@@ -67,6 +69,7 @@ pub struct BackwardPlan {
 struct Scratch {
     tables: Tables,
     seen_by: [u64; 2],
+    /// For keys and values, queries and grad_out, probe and y.
     convert: [ConvertScratch; 3],
     /// Of keys and values, queries and grad_out, probe and y.
     units: [u64; 3],
@@ -77,27 +80,21 @@ struct Scratch {
     /// What the key pass needs of every query.
     numbers: u64,
     y: u64,
-    covariance: u64,
     bytes: usize,
 }
 
 impl Scratch {
-    /// `converts` are those of inputs, of the outputs' gradient and of probes; `seen_by` the bytes of one such table.
-    fn new(core: &Core, converts: [&Convert; 3], seen_by: usize) -> Self {
+    /// `seen_by` is the bytes of one such table.
+    fn new(core: &Core, convert: &Convert, seen_by: usize) -> Self {
         let [heads, kv_heads] = core.heads();
         let (rows, key_rows) = (heads * core.padded_queries(), kv_heads * core.padded_keys());
         let mut places = Places::default();
         let places = &mut places;
         let half = |places: &mut Places, rows: usize| places.take(rows * core.width * 2);
-        let [inputs, grad, states] = converts;
         Self {
             tables: core.place_tables(places),
             seen_by: [places.take(seen_by), places.take(seen_by)],
-            convert: [
-                inputs.place(key_rows.max(rows), places),
-                grad.place(rows, places),
-                states.place(rows, places),
-            ],
+            convert: [key_rows, rows, rows].map(|rows| convert.place(rows, places)),
             units: [places.take(2 * kv_heads * 4), places.take(2 * heads * 4), places.take(2 * heads * 4)],
             halves: [
                 half(places, key_rows),
@@ -110,7 +107,6 @@ impl Scratch {
             mean: places.take(rows * 4),
             numbers: places.take(rows * 16 * 2),
             y: places.take(rows * core.width * 4),
-            covariance: places.take(rows * core.width * 4),
             bytes: places.0,
         }
     }
@@ -140,7 +136,7 @@ impl BackwardPlan {
         }
         let seen_by = core.queries_of_keys(key.block[1]);
         let table = seen_by.as_ref().map_or(0, |[first, _]| first.len() * 4);
-        let scratch = Scratch::new(&core, [&convert, &convert_grad, &convert_f32], table);
+        let scratch = Scratch::new(&core, &convert, table);
         Ok(Self {
             core,
             bytes: size_of::<O>(),
@@ -217,7 +213,7 @@ impl BackwardPlan {
         let (g_unit, y_unit) = (q_unit + 4 * heads as u64, x_unit + 4 * heads as u64);
         let [kh, vh, qh, gh, xh, yh] = at.halves.map(|at| base + at);
         let [mean, numbers, y] = [at.mean, at.numbers, at.y].map(|at| base + at);
-        let covariance = p.covariance.unwrap_or(base + at.covariance);
+        let [of_keys, of_queries, of_states] = &at.convert;
         let [first_query, end_query] = at.seen_by.map(|at| base + at);
         // SAFETY: inside the scratch.
         let ridge = unsafe {
@@ -232,8 +228,20 @@ impl BackwardPlan {
         let scale = a.scale() as f32;
         let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
         let solve = Arguments::new()
-            .pointers([qh, gh, kh, vh, q_unit, unit, p.lse, p.key_mean, p.probe, covariance, y, mean])
-            .pointers([iterations, relative])
+            .pointers([
+                qh,
+                gh,
+                kh,
+                vh,
+                q_unit,
+                unit,
+                p.lse,
+                p.key_mean,
+                p.probe,
+                p.covariance.unwrap_or(0),
+                y,
+            ])
+            .pointers([base + of_states.amax(), mean, iterations, relative])
             .then(&common(&self.solve))
             .f32(scale)
             .pointers([ridge.ptr])
@@ -256,33 +264,56 @@ impl BackwardPlan {
             .i32s([int(a.head_dim()), int(a.value_dim())]);
         let key = strides(strides(key, &p.dk), &p.dv).f32(scale);
 
-        let (np, mp) = (core.padded_queries(), core.padded_keys());
-        let keys = [a.batch(), a.kv_heads(), a.keys()];
-        let queries = [a.batch(), a.heads(), a.queries()];
-        let state = |ptr: u64| DeviceView {
-            ptr,
-            strides: [(a.heads() * np * core.width) as i64, (np * core.width) as i64, core.width as i64],
+        let width = core.width as i64;
+        let np = core.padded_queries();
+        let state = |ptr: u64, half: u64| {
+            let strides = [(a.heads() * np) as i64 * width, np as i64 * width, width];
+            Source { view: DeviceView { ptr, strides }, columns: core.width, half }
         };
-        let [of_inputs, of_grad, of_state] = &at.convert;
+        let keys = [
+            Source { view: p.k, columns: a.head_dim(), half: kh },
+            Source { view: p.v, columns: a.value_dim(), half: vh },
+        ];
+        let queries = [
+            Source { view: p.q, columns: a.head_dim(), half: qh },
+            Source { view: p.grad_out, columns: a.value_dim(), half: gh },
+        ];
+        let states = [state(p.probe, xh), state(y, yh)];
+        let keys = Group {
+            tensors: &keys,
+            shape: [a.batch(), a.kv_heads(), a.keys()],
+            padded: core.padded_keys(),
+            scratch: of_keys,
+            unit,
+        };
+        let group = |tensors, scratch, unit| Group {
+            tensors,
+            shape: [a.batch(), a.heads(), a.queries()],
+            padded: np,
+            scratch,
+            unit,
+        };
         let grid = |kernel: &Variants| [side(heads), side(a.queries().div_ceil(kernel.block[0])), 1];
         // SAFETY: as in the forward.
         unsafe {
-            let tensors = [(p.k, a.head_dim(), kh), (p.v, a.value_dim(), vh)];
-            self.convert.launch(of_inputs, base, keys, mp, &tensors, unit, stream)?;
-            if a.queries() > 0 {
-                let q = [(p.q, a.head_dim(), qh)];
-                self.convert.launch(of_inputs, base, queries, np, &q, q_unit, stream)?;
-                let g = [(p.grad_out, a.value_dim(), gh)];
-                self.convert_grad.launch(of_grad, base, queries, np, &g, g_unit, stream)?;
-                self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
-                let xy = [(state(p.probe), core.width, xh), (state(y), core.width, yh)];
-                self.convert_f32.launch(of_state, base, queries, np, &xy, x_unit, stream)?;
-                let dq = aligned(&p.dq, a.head_dim(), self.bytes);
-                self.query.pick(dq).launch(grid(&self.query), &query, stream)?;
-            } else {
+            if a.queries() == 0 {
+                self.convert.launch(base, &[keys], stream)?;
                 // The key pass multiplies its empty sums by units, which must be numbers.
                 fill(q_unit, 1f32.to_bits(), 2 * heads, stream)?;
                 fill(x_unit, 1f32.to_bits(), 2 * heads, stream)?;
+            } else {
+                if self.convert.same(&self.convert_grad) {
+                    self.convert.launch(base, &[keys, group(&queries, of_queries, q_unit)], stream)?;
+                } else {
+                    let [q, g] = [&queries[..1], &queries[1..]];
+                    self.convert.launch(base, &[keys], stream)?;
+                    self.convert.launch(base, &[group(q, of_queries, q_unit)], stream)?;
+                    self.convert_grad.launch(base, &[group(g, of_queries, g_unit)], stream)?;
+                }
+                self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
+                self.convert_f32.convert(base, &[group(&states, of_states, x_unit)], stream)?;
+                let dq = aligned(&p.dq, a.head_dim(), self.bytes);
+                self.query.pick(dq).launch(grid(&self.query), &query, stream)?;
             }
             if a.keys() > 0 {
                 let whole =

@@ -1,7 +1,9 @@
 //! [`ForwardPlan`]: the forward on device pointers.
 
 use super::driver::{Arguments, Context, Memory};
-use super::plan::{Convert, ConvertScratch, Core, Places, Tables, Variants, aligned, dtype, int, side};
+use super::plan::{
+    Convert, ConvertScratch, Core, Group, Places, Source, Tables, Variants, aligned, dtype, int, side,
+};
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Element, Result};
 use std::sync::Arc;
@@ -58,16 +60,12 @@ struct Scratch {
     unit: u64,
     kh: u64,
     vh: u64,
-    key_mean: u64,
-    residual: u64,
-    probe: u64,
     bytes: usize,
 }
 
 impl Scratch {
     fn new(core: &Core, convert: &Convert) -> Self {
-        let [rows, key_rows] = core.heads();
-        let (rows, key_rows) = (rows * core.padded_queries(), key_rows * core.padded_keys());
+        let key_rows = core.heads()[1] * core.padded_keys();
         let mut places = Places::default();
         let places = &mut places;
         Self {
@@ -76,9 +74,6 @@ impl Scratch {
             unit: places.take(2 * core.heads()[1] * 4),
             kh: places.take(key_rows * core.width * 2),
             vh: places.take(key_rows * core.width * 2),
-            key_mean: places.take(rows * core.width * 4),
-            residual: places.take(rows * core.width * 4),
-            probe: places.take(rows * core.width * 4),
             bytes: places.0,
         }
     }
@@ -120,7 +115,7 @@ impl ForwardPlan {
         self.core.state_shape()
     }
 
-    /// The scratch that a forward needs, in bytes: O((N + M) D) per head.
+    /// The scratch that a forward needs, in bytes: O(M D) per key head.
     pub fn scratch_bytes(&self) -> usize {
         self.scratch.bytes
     }
@@ -173,43 +168,52 @@ impl ForwardPlan {
             None => Some(Memory::new(context, stream, at.bytes)?),
         };
         let base = scratch.or(own.as_ref().map(Memory::ptr)).expect("one of the two");
-        let [unit, kh, vh, residual] = [at.unit, at.kh, at.vh, at.residual].map(|at| base + at);
-        let key_mean = p.key_mean.unwrap_or(base + at.key_mean);
+        let [unit, kh, vh] = [at.unit, at.kh, at.vh].map(|at| base + at);
         // SAFETY: inside the scratch.
         let ridge = unsafe { core.write_tables(&at.tables, base, p.ridge, stream)? };
 
-        let probe = p.probe.or(p.probe_out).unwrap_or(base + at.probe);
+        let [key_mean, probe, lse] = [p.key_mean, p.probe.or(p.probe_out), p.lse].map(|at| at.unwrap_or(0));
         let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
         let strides = |arguments: Arguments, view: &DeviceView| {
             arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
         };
         let forward = Arguments::new()
-            .pointers([p.q.ptr, kh, vh, unit, p.out.ptr, key_mean, residual, probe, p.lse.unwrap_or(0)])
+            .pointers([p.q.ptr, kh, vh, unit, p.out.ptr, key_mean, probe, lse])
             .pointers([ridge.ptr, iterations, relative])
             .then(&core.by_query(&at.tables, base, self.forward.block[0], p.bias))
             .i32s([int(a.head_dim())]);
         let forward = strides(forward, &p.q).f32(a.scale() as f32).i32s([int(a.value_dim())]);
         let forward = strides(forward, &p.out).then(&core.solve_limits(ridge)).i32s([
             i32::from(p.lse.is_some()),
-            i32::from(p.probe.is_none() && p.probe_out.is_some()),
+            i32::from(p.key_mean.is_some()),
+            i32::from(p.probe_out.is_some()),
             i32::from(p.diagnostics.is_some()),
         ]);
         let marks = at.convert.marks().map(|at| base + at);
         let poisoned = Arguments::new()
             .pointers(marks)
-            .pointers([p.out.ptr, p.lse.unwrap_or(0)])
+            .pointers([p.out.ptr, lse])
             .then(&core.by_row(&at.tables, base))
             .i32s([int(a.value_dim())])
             .i64s([p.out.strides[0], p.out.strides[1]])
             .i32s([p.out.strides[2] as i32, i32::from(p.lse.is_some())]);
         let grid =
             |kernel: &Variants| [side(core.heads()[0]), side(a.queries().div_ceil(kernel.block[0])), 1];
-        let keys = [a.batch(), a.kv_heads(), a.keys()];
-        let tensors = [(p.k, a.head_dim(), kh), (p.v, a.value_dim(), vh)];
+        let tensors = [
+            Source { view: p.k, columns: a.head_dim(), half: kh },
+            Source { view: p.v, columns: a.value_dim(), half: vh },
+        ];
+        let keys = Group {
+            tensors: &tensors,
+            shape: [a.batch(), a.kv_heads(), a.keys()],
+            padded: core.padded_keys(),
+            scratch: &at.convert,
+            unit,
+        };
         // SAFETY: the arguments are those of the kernels' signatures in that order; the caller's memory is as large as
         // described, the scratch as large as `scratch` laid out.
         unsafe {
-            self.convert.launch(&at.convert, base, keys, core.padded_keys(), &tensors, unit, stream)?;
+            self.convert.launch(base, &[keys], stream)?;
             let whole = aligned(&p.q, a.head_dim(), self.bytes) && aligned(&p.out, a.value_dim(), self.bytes);
             self.forward.pick(whole).launch(grid(&self.forward), &forward, stream)?;
             if poison {

@@ -382,7 +382,7 @@ impl Core {
     }
 }
 
-/// Converts tensors to fp16 rows with a unit per head: two launches.
+/// Converts up to four tensors to fp16 rows with a unit per head: two launches.
 #[derive(Debug)]
 pub(super) struct Convert {
     range: Variants,
@@ -399,6 +399,11 @@ pub(super) struct ConvertScratch {
 }
 
 impl ConvertScratch {
+    /// Where the largest magnitudes of chunks are.
+    pub fn amax(&self) -> u64 {
+        self.amax
+    }
+
     /// Where it marks what is not finite: chunks, and rows.
     pub fn marks(&self) -> [u64; 2] {
         [self.bad, self.bad_row]
@@ -414,6 +419,11 @@ impl Convert {
         Ok(Self { range, convert, bytes })
     }
 
+    /// Whether both take the same type of tensors.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.range.any, &other.range.any)
+    }
+
     /// Places for tensors of `rows` padded rows in all heads.
     pub fn place(&self, rows: usize, places: &mut Places) -> ConvertScratch {
         let chunks = rows / self.range.block[0] * 4;
@@ -424,38 +434,95 @@ impl Convert {
         }
     }
 
-    /// Converts one tensor, or two of the same heads and tokens, to `out`; their units go to `unit` and behind.
+    /// Finds the units of one group of tensors, or of two groups of two, and converts them.
     ///
     /// # Safety
     /// All memory must be of the stream's and as large as described.
-    #[allow(clippy::too_many_arguments)]
-    pub unsafe fn launch(
-        &self,
-        scratch: &ConvertScratch,
-        base: u64,
-        [batch, heads, tokens]: [usize; 3],
-        padded: usize,
-        tensors: &[(DeviceView, usize, u64)],
-        unit: u64,
-        stream: RawStream,
-    ) -> Result<()> {
-        let (a, b) = (tensors[0], tensors[tensors.len() - 1]);
-        let shape = Arguments::new()
-            .i32s([int(heads), int(tokens), int(a.1), int(b.1)])
-            .i64s([a.0.strides[0], a.0.strides[1]])
-            .i32s([a.0.strides[2] as i32])
-            .i64s([b.0.strides[0], b.0.strides[1]])
-            .i32s([b.0.strides[2] as i32]);
-        let [amax, bad, bad_row] = [scratch.amax, scratch.bad, scratch.bad_row].map(|at| base + at);
-        let range = Arguments::new().pointers([a.0.ptr, b.0.ptr, amax, bad, bad_row]).then(&shape);
-        let convert = Arguments::new().pointers([a.0.ptr, b.0.ptr, amax, a.2, b.2, unit]).then(&shape);
-        let grid = [side(padded / self.range.block[0]), side(batch * heads), side(tensors.len())];
-        let aligned = tensors.iter().all(|(view, cols, _)| aligned(view, *cols, self.bytes));
-        // SAFETY: the arguments are those of the kernels' signatures; the caller vouches for the memory.
+    pub unsafe fn launch(&self, base: u64, groups: &[Group<'_>], stream: RawStream) -> Result<()> {
+        let [one, two] = [&groups[0], &groups[groups.len() - 1]];
+        let [a, b] = one.both();
+        let [c, e] = two.both();
+        let marks = |group: &Group<'_>| {
+            [group.scratch.amax, group.scratch.bad, group.scratch.bad_row].map(|at| base + at)
+        };
+        let range = Arguments::new()
+            .pointers([a.view.ptr, b.view.ptr, c.view.ptr, e.view.ptr])
+            .pointers(marks(one))
+            .pointers(marks(two))
+            .then(&self.shapes(groups));
+        let (grid, aligned) = self.extent(groups);
+        // SAFETY: the arguments are those of the kernel's signature; the caller vouches for the memory.
         unsafe {
             self.range.pick(aligned).launch(grid, &range, stream)?;
-            self.convert.pick(aligned).launch(grid, &convert, stream)
+            self.convert(base, groups, stream)
         }
+    }
+
+    /// The second half of [`Convert::launch`], where something else has found the largest magnitudes.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn convert(&self, base: u64, groups: &[Group<'_>], stream: RawStream) -> Result<()> {
+        let [one, two] = [&groups[0], &groups[groups.len() - 1]];
+        let [a, b] = one.both();
+        let [c, e] = two.both();
+        let convert = Arguments::new()
+            .pointers([a.view.ptr, b.view.ptr, c.view.ptr, e.view.ptr])
+            .pointers([base + one.scratch.amax, base + two.scratch.amax])
+            .pointers([a.half, b.half, c.half, e.half, one.unit, two.unit])
+            .then(&self.shapes(groups));
+        let (grid, aligned) = self.extent(groups);
+        // SAFETY: the arguments are those of the kernel's signature; the caller vouches for the memory.
+        unsafe { self.convert.pick(aligned).launch(grid, &convert, stream) }
+    }
+
+    /// Sizes and strides as both kernels take them.
+    fn shapes(&self, groups: &[Group<'_>]) -> Arguments {
+        let two = [&groups[0], &groups[groups.len() - 1]];
+        let mut arguments = Arguments::new();
+        for group in two {
+            let [batch, heads, tokens] = group.shape;
+            let chunks = group.padded / self.range.block[0];
+            arguments = arguments.i32s([int(batch * heads), int(heads), int(tokens), int(chunks)]);
+        }
+        for tensor in two.iter().flat_map(|group| group.both()) {
+            let [batch, head, row] = tensor.view.strides;
+            arguments = arguments.i32s([int(tensor.columns)]).i64s([batch, head]).i32s([row as i32]);
+        }
+        arguments
+    }
+
+    fn extent(&self, groups: &[Group<'_>]) -> ([u32; 3], bool) {
+        let tensors = || groups.iter().flat_map(|group| group.tensors);
+        let chunks = groups.iter().map(|group| group.padded / self.range.block[0]).max();
+        let heads = groups.iter().map(|group| group.shape[0] * group.shape[1]).max();
+        let grid = [side(chunks.unwrap_or(0)), side(heads.unwrap_or(0)), side(tensors().count())];
+        (grid, tensors().all(|tensor| aligned(&tensor.view, tensor.columns, self.bytes)))
+    }
+}
+
+/// A tensor to convert.
+pub(super) struct Source {
+    pub view: DeviceView,
+    pub columns: usize,
+    /// Where its fp16 rows go.
+    pub half: u64,
+}
+
+/// One tensor, or two of the same heads and tokens.
+pub(super) struct Group<'a> {
+    pub tensors: &'a [Source],
+    /// Batch, heads, tokens.
+    pub shape: [usize; 3],
+    pub padded: usize,
+    pub scratch: &'a ConvertScratch,
+    /// Where their units go, one behind the other for every head.
+    pub unit: u64,
+}
+
+impl Group<'_> {
+    fn both(&self) -> [&Source; 2] {
+        [&self.tensors[0], &self.tensors[self.tensors.len() - 1]]
     }
 }
 

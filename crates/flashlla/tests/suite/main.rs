@@ -2,7 +2,9 @@
 //!
 //! Every property is held for every engine and storage type; `common` has the random problems and the comparisons.
 
+mod cache;
 mod common;
+mod decode;
 mod empty;
 mod engines;
 mod errors;

@@ -1,0 +1,237 @@
+//! `flashlla bench --op decode`: one step of generation against a cache, as a share of the rate at which the same cache can
+//! merely be summed.
+
+use super::{BenchArgs, repeat};
+use crate::options::{Device, Dtype, thread_pool};
+use crate::summary::duration;
+use crate::{Error, Result, stdout};
+use clap::Args;
+use flashlla::{Attention, CacheView, Cpu, Element, Engine, Tensor, View};
+use rand::seq::SliceRandom;
+use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
+use std::io::IsTerminal;
+
+/// The options of `--op decode`.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Decode (--op decode)")]
+pub struct DecodeArgs {
+    /// Tokens that each sequence's cache holds; may be given more than once
+    #[arg(long, value_name = "TOKENS", default_values_t = [2048, 16384], value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: Vec<u32>,
+
+    /// Sequences; may be given more than once
+    #[arg(long, value_name = "COUNT", default_values_t = [1], value_parser = clap::value_parser!(u16).range(1..))]
+    pub batch: Vec<u16>,
+
+    /// Key and value heads
+    #[arg(long, value_name = "COUNT", default_value = "8", value_parser = clap::value_parser!(u16).range(1..))]
+    pub kv_heads: u16,
+
+    /// Query heads per KV head; may be given more than once
+    #[arg(long, value_name = "COUNT", default_values_t = [1], value_parser = clap::value_parser!(u16).range(1..))]
+    pub group: Vec<u16>,
+
+    /// New queries per sequence
+    #[arg(long, value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub queries: u16,
+
+    /// Head dimension; may be given more than once
+    #[arg(long, value_name = "D", default_values_t = [64], value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub dim: Vec<u16>,
+
+    /// Pages of so many tokens in random order, a power of two from 16 [default: contiguous]
+    #[arg(long, value_name = "TOKENS", value_parser = page_size)]
+    pub page_size: Option<usize>,
+}
+
+fn page_size(text: &str) -> Result<usize, String> {
+    let size: Option<usize> = text.parse().ok();
+    size.filter(|size| size.is_power_of_two() && *size >= flashlla::cache::MIN_PAGE_SIZE)
+        .ok_or_else(|| "must be a power of two from 16".into())
+}
+
+/// One line of the results.
+#[derive(Debug, serde::Serialize)]
+struct Line {
+    op: &'static str,
+    batch: usize,
+    kv_heads: usize,
+    group: usize,
+    queries: usize,
+    context: usize,
+    head_dim: usize,
+    dtype: Dtype,
+    page_size: Option<usize>,
+    ridge: f64,
+    threads: usize,
+    repeats: u16,
+    seconds: f64,
+    fastest_seconds: f64,
+    bytes: usize,
+    bytes_per_second: f64,
+    sum_bytes_per_second: f64,
+    share: f64,
+    iterations_max: u32,
+    direct: usize,
+    flop_per_second: f64,
+}
+
+/// Runs it.
+pub fn run<T: Element>(args: &BenchArgs) -> Result<()>
+where
+    StandardNormal: Distribution<T::Acc>,
+{
+    if args.device != Device::Cpu {
+        return Err(Error::usage("--device: --op decode measures the CPU engine; leave it out, or say cpu"));
+    }
+    if !args.shape.is_empty() {
+        return Err(Error::usage(
+            "--shape: --op decode takes --batch, --kv-heads, --context and --dim instead",
+        ));
+    }
+    let table = !args.json && std::io::stdout().is_terminal();
+    if table {
+        stdout::line(
+            "batch kv_heads group queries context  dim         time     GB/s  sum GB/s  share  iterations direct",
+        )?;
+    }
+    let o = &args.decode;
+    thread_pool(args.threads)?.install(|| {
+        for (&dim, &context) in o.dim.iter().flat_map(|dim| o.context.iter().map(move |n| (dim, n))) {
+            for (&batch, &group) in o.batch.iter().flat_map(|batch| o.group.iter().map(move |g| (batch, g))) {
+                let line = measure::<T>(args, [batch.into(), group.into(), context as usize, dim.into()])?;
+                if table { stdout::line(row(&line))? } else { stdout::json(&line)? }
+            }
+        }
+        Ok(())
+    })
+}
+
+fn row(line: &Line) -> String {
+    format!(
+        "{:>5} {:>8} {:>5} {:>7} {:>7} {:>4} {:>12} {:>8.2} {:>9.2} {:>6} {:>11} {:>6}",
+        line.batch,
+        line.kv_heads,
+        line.group,
+        line.queries,
+        line.context,
+        line.head_dim,
+        duration(line.seconds),
+        line.bytes_per_second / 1e9,
+        line.sum_bytes_per_second / 1e9,
+        format!("{:.0} %", line.share * 100.0),
+        line.iterations_max,
+        line.direct
+    )
+}
+
+fn measure<T: Element>(args: &BenchArgs, [batch, group, context, dim]: [usize; 4]) -> Result<Line>
+where
+    StandardNormal: Distribution<T::Acc>,
+{
+    let o = &args.decode;
+    let (kv_heads, queries) = (usize::from(o.kv_heads), usize::from(o.queries));
+    let size = o.page_size.unwrap_or(context);
+    let (width, failed) = (context.div_ceil(size), |error| Error::failed(error));
+    let pages = batch * width;
+    let mut rng = StdRng::seed_from_u64(args.seed);
+    let (k, v) = (
+        pool::<T>(&mut rng, pages * size * kv_heads * dim),
+        pool::<T>(&mut rng, pages * size * kv_heads * dim),
+    );
+    let q = Tensor::new(
+        (&mut rng)
+            .sample_iter(StandardNormal)
+            .take(batch * kv_heads * group * queries * dim)
+            .map(|x: T::Acc| T::from_real(x))
+            .collect(),
+        &[batch, kv_heads * group, queries, dim],
+    );
+    let lengths = vec![context; batch];
+    let cache = match o.page_size {
+        None => {
+            let shape = [batch, kv_heads, size, dim];
+            let view = |data| View::bhnd(data, shape).map_err(failed);
+            CacheView::contiguous(view(&k)?, view(&v)?, &lengths)
+        }
+        Some(_) => {
+            let shape = [pages, size, kv_heads, dim];
+            let view = |data| View::bnhd(data, shape).map_err(failed);
+            let mut table: Vec<i32> = (0..pages as i32).collect();
+            table.shuffle(&mut rng);
+            CacheView::paged(view(&k)?, view(&v)?, &table, &lengths)
+        }
+    }
+    .map_err(failed)?;
+    let attention = Attention::builder_for_cache(&q.view(), &cache)
+        .ridge(args.ridge)
+        .solver(args.solver.solver(size_of::<T::Acc>() == 8, dim)?)
+        .precision(args.solver.precision.into())
+        .build()
+        .map_err(|error| Error::usage(format_args!("--op decode: {error}")))?;
+    let decoding = attention.decoding(q.view(), &cache).map_err(failed)?;
+
+    let mut sum = || Ok(std::hint::black_box(sum::<T>(&k) + sum::<T>(&v)));
+    sum()?;
+    let (sums, _) = repeat(args.repeats, &mut sum)?;
+    let mut out = Tensor::<T::Acc>::zeros(&attention.out_shape());
+    let mut decode = || Cpu::new().decode_into(&decoding, out.view_mut()).map_err(failed);
+    decode()?;
+    let (mut times, last) = repeat(args.repeats, &mut decode)?;
+    times.sort_by(f64::total_cmp);
+    let seconds = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
+    let bytes = cache.bytes_in_use();
+    // Of the sums the fastest: what the memory gives when nothing disturbs it.
+    let sum_seconds = sums.into_iter().fold(f64::INFINITY, f64::min);
+    let sum_bytes_per_second = ((k.len() + v.len()) * size_of::<T>()) as f64 / sum_seconds;
+    let bytes_per_second = bytes as f64 / seconds;
+    Ok(Line {
+        op: "decode",
+        batch,
+        kv_heads,
+        group,
+        queries,
+        context,
+        head_dim: dim,
+        dtype: args.dtype,
+        page_size: o.page_size,
+        ridge: args.ridge,
+        threads: rayon::current_num_threads(),
+        repeats: args.repeats,
+        seconds,
+        fastest_seconds: times[0],
+        bytes,
+        bytes_per_second,
+        sum_bytes_per_second,
+        share: bytes_per_second / sum_bytes_per_second,
+        iterations_max: last.diagnostics.max_iterations(),
+        direct: last.diagnostics.direct,
+        flop_per_second: last.diagnostics.flop as f64 / seconds,
+    })
+}
+
+/// Normally distributed numbers: a block of them, over and over from different places, since drawing each would take minutes.
+fn pool<T: Element>(rng: &mut impl Rng, len: usize) -> Vec<T>
+where
+    StandardNormal: Distribution<T::Acc>,
+{
+    const DRAWN: usize = 1 << 18;
+    let drawn: Vec<T> =
+        rng.sample_iter(StandardNormal).take(DRAWN).map(|x: T::Acc| T::from_real(x)).collect();
+    // A stride without a common divisor with the block's length; each round begins one place further.
+    (0..len).map(|i| drawn[(i % DRAWN * 7919 + i / DRAWN) % DRAWN]).collect()
+}
+
+/// The sum of all numbers, in the widest registers there are: as fast as memory can be read on the threads of the pool.
+fn sum<T: Element>(numbers: &[T]) -> u64 {
+    numbers
+        .par_chunks(1 << 15)
+        .map(|part| {
+            // SAFETY: any bytes are a u64, and what does not fill one at the ends is left out.
+            let (_, words, _) = unsafe { part.align_to::<u64>() };
+            words.iter().fold(0u64, |sum, &word| sum.wrapping_add(word))
+        })
+        .reduce(|| 0, u64::wrapping_add)
+}

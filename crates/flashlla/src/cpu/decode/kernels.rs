@@ -1,0 +1,182 @@
+//! What happens to a tile of keys or values: read from wherever it lies, products with a few query rows, weights.
+
+use crate::cache::{CacheView, Paging};
+use crate::cpu::TILE;
+use crate::cpu::simd::SimdReal;
+use crate::{Element, Real, View};
+use pulp::{Simd, WithSimd};
+use std::ops::Range;
+
+/// The keys or the values of a cache, whatever they are stored in.
+pub trait ReadTile<C>: Sync {
+    /// Reads tokens from `first` on, as many as `rows` has rows of `width`, less `origin`. What lies beyond a token's
+    /// dimensions is left alone.
+    fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]);
+    /// Asks for tokens that will be read soon.
+    fn prefetch(&self, place: [usize; 2], tokens: Range<usize>);
+}
+
+/// One pool of a cache.
+pub struct Pool<'a, T: Element> {
+    pub cache: &'a CacheView<'a, T>,
+    pub view: View<'a, T>,
+}
+
+impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
+    fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]) {
+        arch.dispatch(Read { pool: self, place, first, rows, origin });
+    }
+
+    fn prefetch(&self, [sequence, head]: [usize; 2], tokens: Range<usize>) {
+        for_each_place(self.cache.paging(), sequence, tokens, |_, page, slot| {
+            if let Some(row) = self.view.row(page, head, slot).as_slice() {
+                // Lines of 64 bytes come in pairs.
+                row.chunks(128 / size_of::<T>()).for_each(|lines| prefetch(lines.as_ptr()));
+            }
+        });
+    }
+}
+
+/// Calls `f` with every token's number among them, page and slot: page by page, so that places are looked up once per page.
+#[inline(always)]
+fn for_each_place(
+    paging: &Paging,
+    sequence: usize,
+    tokens: Range<usize>,
+    mut f: impl FnMut(usize, usize, usize),
+) {
+    let mut done = 0;
+    while done < tokens.len() {
+        let (page, slot) = paging.place(sequence, tokens.start + done);
+        let here = (paging.page_size() - slot).min(tokens.len() - done);
+        (0..here).for_each(|i| f(done + i, page, slot + i));
+        done += here;
+    }
+}
+
+struct Read<'a, T: Element, C> {
+    pool: &'a Pool<'a, T>,
+    place: [usize; 2],
+    first: usize,
+    rows: &'a mut [C],
+    origin: &'a [C],
+}
+
+impl<T: Element, C: Real> WithSimd for Read<'_, T, C> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let ([sequence, head], view, width) = (self.place, self.pool.view, self.origin.len());
+        let count = self.rows.len() / width;
+        let (paging, tokens) = (self.pool.cache.paging(), self.first..self.first + count);
+        for_each_place(paging, sequence, tokens, |i, page, slot| {
+            let row = view.row(page, head, slot);
+            let (out, origin) = (&mut self.rows[i * width..][..width], self.origin);
+            match row.as_slice() {
+                Some(from) => T::widen(simd, from, origin, out),
+                None => row.for_each(|d, x| out[d] = x.to_real::<C>() - origin[d]),
+            }
+        });
+    }
+}
+
+#[inline(always)]
+fn prefetch<T>(place: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is no access.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(place.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+/// `products[r, j] = rows_r · tile_j` for a tile of keys as rows.
+pub struct Dots<'a, T> {
+    pub rows: &'a [T],
+    pub tile: &'a [T],
+    pub width: usize,
+    pub products: &'a mut [T],
+}
+
+impl<T: SimdReal> WithSimd for Dots<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { rows, tile, width, products } = self;
+        let lanes = T::lanes::<S>();
+        assert!(width > 0 && width.is_multiple_of(lanes) && tile.len() >= TILE * width);
+        for (row, products) in rows.chunks_exact(width).zip(products.chunks_exact_mut(TILE)) {
+            for (keys, products) in tile.chunks_exact(4 * width).zip(products.chunks_exact_mut(4)) {
+                // SAFETY: registers at multiples of their length below `width`, in a row and in four rows of keys.
+                let sums = unsafe {
+                    let d = T::load::<S>(row.as_ptr());
+                    let key = |i: usize, at: usize| T::load::<S>(keys.as_ptr().add(i * width + at));
+                    let mut sums = [0, 1, 2, 3].map(|i| T::v_mul(simd, d, key(i, 0)));
+                    for at in (lanes..width).step_by(lanes) {
+                        let d = T::load::<S>(row.as_ptr().add(at));
+                        for (i, sum) in sums.iter_mut().enumerate() {
+                            *sum = T::fma(simd, d, key(i, at), *sum);
+                        }
+                    }
+                    sums
+                };
+                products.copy_from_slice(&T::reduce_four(simd, sums));
+            }
+        }
+    }
+}
+
+/// `t = w (sign (t − shift) + one)`, 0 where `w` is 0; returns the sum.
+pub struct Weigh<'a, T> {
+    /// A row of a tile: products, which become weights.
+    pub t: &'a mut [T],
+    /// The softmax weights of the row.
+    pub w: &'a [T],
+    pub shift: T,
+    pub sign: T,
+    pub one: T,
+}
+
+impl<T: Real> WithSimd for Weigh<'_, T> {
+    type Output = T;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> T {
+        let Self { t, w, shift, sign, one } = self;
+        assert!(t.len() >= TILE && w.len() >= TILE);
+        let [shift, sign, one] = [shift, sign, one].map(|x| T::splat(simd, x));
+        let mut sum = T::splat(simd, T::ZERO);
+        // SAFETY: a row of a tile has TILE columns, as just checked.
+        unsafe {
+            for j in (0..TILE).step_by(T::lanes::<S>()) {
+                let w = T::load::<S>(w.as_ptr().add(j));
+                let t_j = T::v_sub(simd, T::load::<S>(t.as_ptr().add(j)), shift);
+                let a = T::v_mul(simd, w, T::fma(simd, sign, t_j, one));
+                let a = T::where_positive(simd, w, a);
+                T::store::<S>(t.as_mut_ptr().add(j), a);
+                sum = T::v_add(simd, sum, a);
+            }
+        }
+        T::reduce_sum(simd, sum)
+    }
+}
+
+/// Every row of a tile times the root of its weight, whose products with each other are then weighted.
+pub struct RootScaled<'a, T> {
+    pub tile: &'a [T],
+    pub weights: &'a [T],
+    pub out: &'a mut [T],
+    pub width: usize,
+}
+
+impl<T: Real> WithSimd for RootScaled<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { tile, weights, out, width } = self;
+        for ((row, out), &weight) in tile.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(weights) {
+            let root = weight.root();
+            out.iter_mut().zip(row).for_each(|(out, &x)| *out = root * x);
+        }
+    }
+}

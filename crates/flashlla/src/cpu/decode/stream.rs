@@ -1,0 +1,409 @@
+//! One KV head of one sequence, and some query rows that look at it: the passes over its keys and values.
+//!
+//! The keys are cut into splits by sizes alone, never by threads; every pass works on the splits in parallel and adds what they
+//! give in their order. The last pass goes through them as the first did; what the caches still hold is found there.
+
+use super::kernels::{Dots, ReadTile, RootScaled};
+use super::weighted::Weighted;
+use crate::cpu::block::{AddProduct, Arith};
+use crate::cpu::product::{Left, Right};
+use crate::cpu::rows::ReadRows;
+use crate::cpu::rowwise::{RowExp, RowMax};
+use crate::cpu::{LANES, Run, TILE, padded};
+use crate::{Attention, Real, Visible};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Rows of the matrix of second moments that are computed together, from their first column's register on.
+pub const MOMENT_ROWS: usize = 16;
+/// How far scores may rise above what weights are relative to before that is moved: `e^8` is far from any limit.
+const RISE: f64 = 8.0;
+/// Reference keys are means of so many.
+const SAMPLES: usize = 8;
+
+/// A decoding in the type of arithmetic.
+pub struct Inputs<'a, C> {
+    pub attention: &'a Attention,
+    pub q: &'a dyn ReadRows<C>,
+    pub k: &'a dyn ReadTile<C>,
+    pub v: &'a dyn ReadTile<C>,
+    pub bias: Option<&'a dyn ReadRows<C>>,
+    pub probe: Option<&'a dyn ReadRows<C>>,
+}
+
+/// One query row.
+#[derive(Debug, Clone)]
+pub struct Row {
+    pub head: usize,
+    pub query: usize,
+    pub visible: Visible,
+}
+
+/// What the passes over one KV head have in common.
+pub struct Stream<'a, C> {
+    pub run: Run,
+    pub inputs: &'a Inputs<'a, C>,
+    /// Sequence and KV head.
+    pub place: [usize; 2],
+    pub rows: &'a [Row],
+    pub splits: Vec<Range<usize>>,
+    pub width: usize,
+    /// The reference key, which all keys are less by.
+    pub origin: Vec<C>,
+    /// About the largest norm of a key less the reference.
+    pub longest: C,
+    /// The rows' queries times the scale.
+    pub q: Vec<C>,
+}
+
+/// Tokens that will be read next, asked for a few at a time between products: all at once, products would wait for them; left to
+/// the hardware, they would come only when read, since it does not look beyond what it has seen.
+pub struct Ahead<'a, C> {
+    from: &'a dyn ReadTile<C>,
+    place: [usize; 2],
+    tokens: Range<usize>,
+    step: usize,
+}
+
+impl<'a, C: Real> Ahead<'a, C> {
+    /// Of a tile, in so many steps.
+    pub fn new(
+        stream: &Stream<'a, C>,
+        from: &'a dyn ReadTile<C>,
+        tokens: Range<usize>,
+        steps: usize,
+    ) -> Self {
+        Self { from, place: stream.place, tokens, step: TILE.div_ceil(steps) }
+    }
+
+    pub fn some(&mut self) {
+        let next = self.tokens.start..self.tokens.end.min(self.tokens.start + self.step);
+        self.tokens.start = next.end;
+        if !next.is_empty() {
+            self.from.prefetch(self.place, next);
+        }
+    }
+}
+
+/// What the first pass finds in a split; vectors of one number or one vector per row.
+struct Found<C> {
+    /// By tile and row.
+    scores: Vec<C>,
+    /// What weights are relative to.
+    reference: Vec<C>,
+    sum: Vec<C>,
+    mean: Vec<C>,
+    /// Upper halves, `dim` rows of `width` each; empty unless wanted.
+    moments: Vec<C>,
+    /// Rows that see a key or bias that is not finite.
+    bad: Vec<bool>,
+    careful: bool,
+}
+
+impl<'a, C: Real> Stream<'a, C> {
+    pub fn new(
+        run: Run,
+        inputs: &'a Inputs<'a, C>,
+        place: [usize; 2],
+        rows: &'a [Row],
+        splits: Vec<Range<usize>>,
+    ) -> Self {
+        let (dim, width) = (inputs.attention.head_dim(), padded(inputs.attention.head_dim(), LANES));
+        let mut this = Self {
+            run,
+            inputs,
+            place,
+            rows,
+            splits,
+            width,
+            origin: vec![C::ZERO; width],
+            longest: C::ZERO,
+            q: vec![C::ZERO; rows.len() * width],
+        };
+        this.find_origin(dim);
+        this
+    }
+
+    pub fn dim(&self) -> usize {
+        self.inputs.attention.head_dim()
+    }
+
+    pub fn keys(&self) -> usize {
+        self.splits.iter().map(|split| split.len()).sum()
+    }
+
+    /// The mean of a few finite keys, evenly spread.
+    fn find_origin(&mut self, dim: usize) {
+        let (Some(first), Some(last)) = (self.splits.first(), self.splits.last()) else { return };
+        let (first, keys) = (first.start, last.end - first.start);
+        let mut samples = vec![C::ZERO; SAMPLES.min(keys) * self.width];
+        for (i, sample) in samples.chunks_exact_mut(self.width).enumerate() {
+            let j = first + i * keys / SAMPLES.min(keys);
+            self.inputs.k.read(self.run.arch, self.place, j, sample, &self.origin);
+        }
+        let finite = |key: &&[C]| key.iter().all(|x| x.is_finite());
+        let mut finite: Vec<&[C]> = samples.chunks_exact(self.width).filter(finite).collect();
+        // One wild key would move the mean of all: the two farthest from the coordinates' middle do not count.
+        if finite.len() == SAMPLES {
+            let middle: Vec<C> = (0..dim)
+                .map(|d| {
+                    let mut column: Vec<C> = finite.iter().map(|key| key[d]).collect();
+                    column.sort_unstable_by(|a, b| a.partial_cmp(b).expect("finite"));
+                    column[SAMPLES / 2]
+                })
+                .collect();
+            let far = |key: &[C]| key.iter().zip(&middle).map(|(&x, &m)| (x - m) * (x - m)).sum::<C>();
+            finite.sort_by(|a, b| far(a).partial_cmp(&far(b)).unwrap_or(std::cmp::Ordering::Equal));
+            finite.truncate(SAMPLES - 2);
+        }
+        let share = C::ONE / C::of_f64(finite.len().max(1) as f64);
+        for key in &finite {
+            self.origin.iter_mut().zip(*key).for_each(|(o, &x)| *o += share * x);
+        }
+        for key in samples.chunks_exact(self.width).filter(|key| key.iter().all(|x| x.is_finite())) {
+            let norm = key.iter().zip(&self.origin).map(|(&x, &o)| (x - o) * (x - o)).sum::<C>().root();
+            if norm > self.longest {
+                self.longest = norm;
+            }
+        }
+        self.longest = self.longest + self.longest;
+    }
+
+    /// The tiles of a split: number, first token and how many.
+    pub fn tiles(split: &Range<usize>) -> impl Iterator<Item = (usize, usize, usize)> + use<C> {
+        let split = split.clone();
+        split.clone().step_by(TILE).enumerate().map(move |(i, first)| (i, first, TILE.min(split.end - first)))
+    }
+
+    /// Reads a tile of keys or values; rows beyond `count` become zeros. When careful, so do tokens that are not finite; they are
+    /// returned.
+    pub fn read(
+        &self,
+        from: &dyn ReadTile<C>,
+        origin: &[C],
+        (first, count): (usize, usize),
+        tile: &mut [C],
+        careful: bool,
+    ) -> Vec<usize> {
+        let width = origin.len();
+        from.read(self.run.arch, self.place, first, &mut tile[..count * width], origin);
+        tile[count * width..].fill(C::ZERO);
+        let mut bad = vec![];
+        if careful {
+            for (j, row) in tile.chunks_exact_mut(width).enumerate() {
+                if !row.iter().all(|x| x.is_finite()) {
+                    row.fill(C::ZERO);
+                    bad.push(j);
+                }
+            }
+        }
+        bad
+    }
+
+    /// Minus infinity where a row does not see a key.
+    fn hide(&self, (first, count): (usize, usize), scores: &mut [C]) {
+        for (row, scores) in self.rows.iter().zip(scores.chunks_exact_mut(TILE)) {
+            let Visible { start, end, skip } = row.visible;
+            let start = start.clamp(first, first + count) - first;
+            let end = (end.clamp(first, first + count) - first).max(start);
+            if end - start < TILE {
+                scores[..start].fill(C::NEG_INFINITY);
+                scores[end..].fill(C::NEG_INFINITY);
+            }
+            if let Some(own) = skip.filter(|own| (first..first + count).contains(own)) {
+                scores[own - first] = C::NEG_INFINITY;
+            }
+        }
+    }
+
+    /// Adds the bias; rows for which it is not a number, or infinite, are bad.
+    fn add_bias(&self, (first, count): (usize, usize), scores: &mut [C], bad: &mut [bool]) {
+        let Some(bias) = self.inputs.bias else { return };
+        for ((row, scores), bad) in self.rows.iter().zip(scores.chunks_exact_mut(TILE)).zip(bad) {
+            let (b, h) = self.inputs.attention.bias_place(bias.shape(), self.place[0], row.head);
+            for (j, score) in scores.iter_mut().enumerate().take(count) {
+                let value = bias.entry(b, h, first + j, 0);
+                if value.is_finite() || value == C::NEG_INFINITY {
+                    *score += value;
+                } else if row.visible.contains(first + j) {
+                    *bad = true;
+                }
+            }
+        }
+    }
+
+    fn first_pass_of(&self, arith: &Arith, split: &Range<usize>, moments: bool, careful: bool) -> Found<C> {
+        let (n, width, dim, arch) = (self.rows.len(), self.width, self.dim(), arith.arch);
+        let mut found = Found {
+            scores: vec![C::ZERO; split.len().div_ceil(TILE) * n * TILE],
+            reference: vec![C::NEG_INFINITY; n],
+            sum: vec![C::ZERO; n],
+            mean: vec![C::ZERO; n * width],
+            moments: vec![C::ZERO; if moments { n * dim * width } else { 0 }],
+            bad: vec![false; n],
+            careful,
+        };
+        let (mut keys, mut scaled) = (vec![C::ZERO; TILE * width], vec![C::ZERO; TILE * width]);
+        let mut weights = vec![C::ZERO; n * TILE];
+        for (i, first, count) in Self::tiles(split) {
+            if !self.run.goes_on() {
+                break;
+            }
+            let next = first + count..split.end.min(first + count + TILE);
+            let steps = 2 + if moments { n * dim.div_ceil(MOMENT_ROWS) } else { 0 };
+            let mut ahead = Ahead::new(self, self.inputs.k, next, steps);
+            let bad_keys = self.read(self.inputs.k, &self.origin, (first, count), &mut keys, careful);
+            ahead.some();
+            arch.dispatch(Dots { rows: &self.q, tile: &keys, width, products: &mut weights });
+            arith.count([n, TILE, dim]);
+            self.add_bias((first, count), &mut weights, &mut found.bad);
+            self.hide((first, count), &mut weights);
+            for (row, scores) in weights.chunks_exact(TILE).enumerate() {
+                found.bad[row] |= bad_keys.iter().any(|&j| scores[j] != C::NEG_INFINITY);
+            }
+            found.scores[i * n * TILE..][..n * TILE].copy_from_slice(&weights);
+            for (row, scores) in weights.chunks_exact_mut(TILE).enumerate() {
+                let largest = arch.dispatch(RowMax(scores));
+                let reference = &mut found.reference[row];
+                if largest > *reference + C::of_f64(RISE) {
+                    let factor = (*reference - largest).exponential(); // 0 at first
+                    *reference = largest;
+                    found.sum[row] *= factor;
+                    found.mean[row * width..][..width].iter_mut().for_each(|x| *x *= factor);
+                    if moments {
+                        let at = row * dim * width..(row + 1) * dim * width;
+                        found.moments[at].iter_mut().for_each(|x| *x *= factor);
+                    }
+                }
+                if *reference == C::NEG_INFINITY {
+                    // No key seen yet; a NaN stays one.
+                    scores.iter_mut().for_each(|x| *x = if *x == C::NEG_INFINITY { C::ZERO } else { C::NAN });
+                    found.sum[row] += scores.iter().copied().sum::<C>();
+                } else {
+                    found.sum[row] += arch.dispatch(RowExp(scores, *reference));
+                }
+            }
+            ahead.some();
+            let (left, right) =
+                (Left { data: &weights, row: TILE, col: 1 }, Right { data: &keys, row: width });
+            arith.add_product([n, width, TILE], left, right, &mut found.mean);
+            for (weights, moments) in
+                weights.chunks_exact(TILE).zip(found.moments.chunks_exact_mut(dim * width))
+            {
+                arch.dispatch(RootScaled { tile: &keys, weights, out: &mut scaled, width });
+                add_moments(arith, &scaled, moments, [dim, width], || ahead.some());
+            }
+        }
+        found
+    }
+
+    /// Scores, softmax weights, mean keys and, when wanted, second moments.
+    pub fn first_pass(&self, arith: &Arith, moments: bool) -> Weighted<'_, C> {
+        let (n, width) = (self.rows.len(), self.width);
+        let mut found: Vec<(Found<C>, u64)> = self
+            .splits
+            .par_iter()
+            .with_max_len(1)
+            .map(|split| {
+                let arith = Arith::new(self.run.arch);
+                let mut found = self.first_pass_of(&arith, split, moments, false);
+                // Something not finite in a key spoils every row's sums, even that of rows that do not see it.
+                let all = [&found.sum, &found.mean, &found.moments];
+                if !all.iter().all(|values| values.iter().all(|x| x.is_finite())) {
+                    found = self.first_pass_of(&arith, split, moments, true);
+                }
+                (found, arith.flop.get())
+            })
+            .collect();
+        found.iter().for_each(|(_, flop)| arith.flop.set(arith.flop.get() + flop));
+
+        let mut reference = vec![C::NEG_INFINITY; n];
+        for (found, _) in &found {
+            for (all, &one) in reference.iter_mut().zip(&found.reference) {
+                *all = if one > *all || one.as_f64().is_nan() { one } else { *all };
+            }
+        }
+        let mut all = Weighted {
+            stream: self,
+            weights: vec![],
+            inv_sum: vec![C::ZERO; n],
+            key_mean: vec![C::ZERO; n * width],
+            moments: vec![],
+            bad: vec![false; n],
+            careful: found.iter().map(|(found, _)| found.careful).collect(),
+            reference,
+        };
+        let size = if moments { self.dim() * width } else { 0 };
+        // The first split's sums become those of all.
+        for (i, (found, _)) in found.iter_mut().enumerate() {
+            for row in 0..n {
+                let own = found.reference[row];
+                // A split in which the row sees nothing: −∞ − (−∞) would be NaN.
+                let unseen = own == C::NEG_INFINITY && found.sum[row] == C::ZERO;
+                let factor = if unseen { C::ZERO } else { (own - all.reference[row]).exponential() };
+                all.inv_sum[row] += factor * found.sum[row];
+                let pairs = [
+                    (&mut all.key_mean, &mut found.mean, width),
+                    (&mut all.moments, &mut found.moments, size),
+                ];
+                for (all, one, size) in pairs {
+                    let one = &mut one[row * size..][..size];
+                    one.iter_mut().for_each(|x| *x *= factor);
+                    if i > 0 {
+                        all[row * size..][..size].iter_mut().zip(one).for_each(|(all, one)| *all += *one);
+                    }
+                }
+                all.bad[row] |= found.bad[row];
+            }
+            if i == 0 {
+                all.key_mean = std::mem::take(&mut found.mean);
+                all.moments = std::mem::take(&mut found.moments);
+            }
+        }
+        all.inv_sum.iter_mut().for_each(|sum| *sum = if *sum == C::ZERO { C::ZERO } else { C::ONE / *sum });
+        for (mean, &inv) in all.key_mean.chunks_exact_mut(width).zip(&all.inv_sum) {
+            mean.iter_mut().for_each(|x| *x *= inv);
+        }
+        let reference = &all.reference;
+        all.weights = found
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|(found, _)| {
+                let mut weights = found.scores;
+                for (i, scores) in weights.chunks_exact_mut(TILE).enumerate() {
+                    if reference[i % n] == C::NEG_INFINITY {
+                        scores.fill(C::ZERO);
+                    } else {
+                        self.run.arch.dispatch(RowExp(scores, reference[i % n]));
+                    }
+                }
+                weights
+            })
+            .collect();
+        all
+    }
+}
+
+/// `moments += scaledᵀ scaled`, the upper half in steps of [`MOMENT_ROWS`].
+/// `between` is called before each of them.
+pub fn add_moments<C: Real>(
+    arith: &Arith,
+    scaled: &[C],
+    moments: &mut [C],
+    [dim, width]: [usize; 2],
+    mut between: impl FnMut(),
+) {
+    for first in (0..dim).step_by(MOMENT_ROWS) {
+        between();
+        let rows = MOMENT_ROWS.min(dim - first);
+        let left = Left { data: &scaled[first..], row: 1, col: width };
+        let right = Right { data: &scaled[first..], row: width };
+        let into = &mut moments[first * width + first..];
+        arith.add_product_into(
+            [rows, width - first, TILE],
+            left,
+            right,
+            AddProduct { data: into, row: width },
+        );
+    }
+}

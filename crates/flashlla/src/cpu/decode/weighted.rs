@@ -1,0 +1,229 @@
+//! What follows the first pass: passes over keys, or keys and values, with softmax weights that are known.
+
+use super::kernels::{Dots, RootScaled, Weigh};
+use super::stream::{Ahead, MOMENT_ROWS, Row, Stream, add_moments};
+use crate::Real;
+use crate::cpu::TILE;
+use crate::cpu::block::Arith;
+use crate::cpu::product::{Left, Right};
+use crate::cpu::solve::{Matrices, Systems};
+use rayon::prelude::*;
+
+/// The softmax weights of all rows, and what was summed on the way to them.
+pub struct Weighted<'a, C> {
+    pub stream: &'a Stream<'a, C>,
+    /// Of every split, by tile and row, relative to `reference`.
+    pub weights: Vec<Vec<C>>,
+    pub reference: Vec<C>,
+    pub inv_sum: Vec<C>,
+    /// Less the reference key.
+    pub key_mean: Vec<C>,
+    /// Second moments of the rows, if they were wanted.
+    pub moments: Vec<C>,
+    pub bad: Vec<bool>,
+    /// Some key of a split is not finite: its rows are read as zeros.
+    pub careful: Vec<bool>,
+}
+
+impl<C: Real> Weighted<'_, C> {
+    /// One pass over the keys and, when `values` is theirs, the values. For every row named with its vector `d` and number
+    /// `shift`, the sum over `j` of `w_j (sign (d·k_j − shift) + one)` times key or value `j`, and the sum of the weights alone.
+    fn pass(
+        &self,
+        arith: &Arith,
+        rows: &[usize],
+        (d, shift): (&[C], &[C]),
+        (sign, one): (C, C),
+        values: Option<usize>,
+    ) -> (Vec<C>, Vec<C>) {
+        let stream = self.stream;
+        let (n, width, all) = (rows.len(), stream.width, stream.rows.len());
+        let out_width = values.unwrap_or(width);
+        let zeros = vec![C::ZERO; out_width];
+        let parts: Vec<(Vec<C>, Vec<C>, u64)> = stream
+            .splits
+            .par_iter()
+            .with_max_len(1)
+            .zip(&self.weights)
+            .zip(&self.careful)
+            .map(|((split, weights), &careful)| {
+                let arith = Arith::new(stream.run.arch);
+                let sums = |careful_values| {
+                    let mut keys = vec![C::ZERO; TILE * width];
+                    let mut others = vec![C::ZERO; if values.is_some() { TILE * out_width } else { 0 }];
+                    let mut products = vec![C::ZERO; n * TILE];
+                    let (mut sum, mut out) = (vec![C::ZERO; n], vec![C::ZERO; n * out_width]);
+                    let mut spoilt = vec![false; n];
+                    for (i, first, count) in Stream::<C>::tiles(split) {
+                        if !stream.run.goes_on() {
+                            break;
+                        }
+                        let (at, next) = ((first, count), first + count..split.end.min(first + count + TILE));
+                        let mut next_keys = Ahead::new(stream, stream.inputs.k, next, 2);
+                        stream.read(stream.inputs.k, &stream.origin, at, &mut keys, careful);
+                        let mut next_values = Ahead::new(stream, stream.inputs.v, first..first + count, 2);
+                        let mut ahead =
+                            || if values.is_some() { next_values.some() } else { next_keys.some() };
+                        ahead();
+                        arith.arch.dispatch(Dots { rows: d, tile: &keys, width, products: &mut products });
+                        ahead();
+                        arith.count([n, TILE, stream.dim()]);
+                        for (r, t) in products.chunks_exact_mut(TILE).enumerate() {
+                            let w = &weights[(i * all + rows[r]) * TILE..][..TILE];
+                            sum[r] += arith.arch.dispatch(Weigh { t, w, shift: shift[r], sign, one });
+                        }
+                        let right = if values.is_some() {
+                            let bad = stream.read(stream.inputs.v, &zeros, at, &mut others, careful_values);
+                            for (r, spoilt) in spoilt.iter_mut().enumerate() {
+                                let row = &stream.rows[rows[r]];
+                                *spoilt |= bad.iter().any(|&j| self.sees(row, first + j));
+                            }
+                            &others
+                        } else {
+                            &keys
+                        };
+                        if values.is_some() {
+                            next_keys.some();
+                        }
+                        let left = Left { data: &products, row: TILE, col: 1 };
+                        let right = Right { data: right, row: out_width };
+                        arith.add_product([n, out_width, TILE], left, right, &mut out);
+                        if values.is_some() {
+                            next_keys.some();
+                        }
+                    }
+                    for (out, _) in out.chunks_exact_mut(out_width).zip(spoilt).filter(|(_, spoilt)| *spoilt)
+                    {
+                        out.fill(C::NAN);
+                    }
+                    (sum, out)
+                };
+                let (sum, out) = match sums(false) {
+                    (_, out) if values.is_some() && !out.iter().all(|x| x.is_finite()) => sums(true),
+                    fine => fine,
+                };
+                (sum, out, arith.flop.get())
+            })
+            .collect();
+        let (mut sum, mut out) = (vec![C::ZERO; n], vec![C::ZERO; n * out_width]);
+        for (part_sum, part, flop) in parts {
+            sum.iter_mut().zip(part_sum).for_each(|(all, one)| *all += one);
+            out.iter_mut().zip(part).for_each(|(all, one)| *all += one);
+            arith.flop.set(arith.flop.get() + flop);
+        }
+        (sum, out)
+    }
+
+    /// Whether a row sees a token; one that a bias of minus infinity hides it does not.
+    fn sees(&self, row: &Row, token: usize) -> bool {
+        let hidden = self.stream.inputs.bias.is_some_and(|bias| {
+            let (b, h) =
+                self.stream.inputs.attention.bias_place(bias.shape(), self.stream.place[0], row.head);
+            bias.entry(b, h, token, 0) == C::NEG_INFINITY
+        });
+        row.visible.contains(token) && !hidden
+    }
+
+    /// `Σ_j p_j (1 − (k_j − k̄)·x) v_j` of every row, rows of `width` numbers.
+    pub fn outputs(&self, arith: &Arith, x: &[C], width: usize) -> Vec<C> {
+        let all: Vec<usize> = (0..self.stream.rows.len()).collect();
+        let mut shift: Vec<C> = x
+            .chunks_exact(self.stream.width)
+            .zip(self.key_mean.chunks_exact(self.stream.width))
+            .map(|(x, mean)| arith.dot(x, mean))
+            .collect();
+        // As `shifts` in `solve.rs`: where x is large, over the very products that it will be subtracted from.
+        let large = C::of_f64(16.0) / self.stream.longest;
+        let small = |x: &[C]| arith.dot(x, x) <= large * large;
+        if !x.chunks_exact(self.stream.width).all(small) {
+            let (sum, _) = self.pass(arith, &all, (x, &shift), (C::ONE, C::ZERO), None);
+            for ((shift, sum), &inv) in shift.iter_mut().zip(sum).zip(&self.inv_sum) {
+                *shift += sum * inv;
+            }
+        }
+        let (_, mut out) = self.pass(arith, &all, (x, &shift), (-C::ONE, C::ONE), Some(width));
+        for (out, &inv) in out.chunks_exact_mut(width).zip(&self.inv_sum) {
+            out.iter_mut().for_each(|x| *x *= inv);
+        }
+        out
+    }
+}
+
+impl<C: Real> Matrices<C> for Weighted<'_, C> {
+    fn rows(&self) -> usize {
+        self.stream.rows.len()
+    }
+    fn dim(&self) -> usize {
+        self.stream.dim()
+    }
+    fn width(&self) -> usize {
+        self.stream.width
+    }
+    fn keys(&self) -> usize {
+        self.stream.keys()
+    }
+    fn inv_sum(&self) -> &[C] {
+        &self.inv_sum
+    }
+
+    fn apply(&mut self, arith: &Arith, systems: &Systems<C>, rows: &[usize], d: &[C], out: &mut [C]) {
+        let width = self.stream.width;
+        let mean = |row: usize| &self.key_mean[row * width..][..width];
+        let shift: Vec<C> =
+            rows.iter().zip(d.chunks_exact(width)).map(|(&row, d)| arith.dot(d, mean(row))).collect();
+        let (sum, image) =
+            self.pass(arith, rows, (&d[..rows.len() * width], &shift), (C::ONE, C::ZERO), None);
+        for (i, &row) in rows.iter().enumerate() {
+            let out = &mut out[i * width..][..width];
+            let inv = self.inv_sum[row];
+            out.copy_from_slice(&image[i * width..][..width]);
+            arith.combine(out, inv, -(sum[i] * inv), mean(row));
+            arith.combine(out, C::ONE, systems.ridge[row], &d[i * width..][..width]);
+        }
+    }
+
+    fn applies_cheaply(&self) -> bool {
+        false
+    }
+
+    fn second_moments(&mut self, arith: &Arith, rows: &[usize], matrices: &mut [C]) {
+        let (stream, width, dim, all) =
+            (self.stream, self.stream.width, self.stream.dim(), self.stream.rows.len());
+        if !self.moments.is_empty() {
+            for (matrix, &row) in matrices.chunks_exact_mut(dim * width).zip(rows) {
+                matrix.copy_from_slice(&self.moments[row * dim * width..][..dim * width]);
+            }
+            return;
+        }
+        let parts: Vec<(Vec<C>, u64)> = stream
+            .splits
+            .par_iter()
+            .with_max_len(1)
+            .zip(&self.weights)
+            .zip(&self.careful)
+            .map(|((split, weights), &careful)| {
+                let arith = Arith::new(stream.run.arch);
+                let (mut keys, mut scaled) = (vec![C::ZERO; TILE * width], vec![C::ZERO; TILE * width]);
+                let mut sums = vec![C::ZERO; rows.len() * dim * width];
+                for (i, first, count) in Stream::<C>::tiles(split) {
+                    let next = first + count..split.end.min(first + count + TILE);
+                    let steps = rows.len() * dim.div_ceil(MOMENT_ROWS);
+                    let mut ahead = Ahead::new(stream, stream.inputs.k, next, steps);
+                    stream.read(stream.inputs.k, &stream.origin, (first, count), &mut keys, careful);
+                    for (sums, &row) in sums.chunks_exact_mut(dim * width).zip(rows) {
+                        let weights = &weights[(i * all + row) * TILE..][..TILE];
+                        let scale = RootScaled { tile: &keys, weights, out: &mut scaled, width };
+                        arith.arch.dispatch(scale);
+                        add_moments(&arith, &scaled, sums, [dim, width], || ahead.some());
+                    }
+                }
+                (sums, arith.flop.get())
+            })
+            .collect();
+        matrices.fill(C::ZERO);
+        for (part, flop) in parts {
+            matrices.iter_mut().zip(part).for_each(|(all, one)| *all += one);
+            arith.flop.set(arith.flop.get() + flop);
+        }
+    }
+}

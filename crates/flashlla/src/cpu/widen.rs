@@ -1,0 +1,130 @@
+//! From storage types to the type of arithmetic, many numbers at a time.
+
+use crate::{Element, Real};
+use half::{bf16, f16};
+use pulp::Simd;
+
+/// A storage type that can be read many numbers at a time. Sealed; an implementation detail of [`crate::Element`].
+#[doc(hidden)]
+pub trait Widen: Copy {
+    /// `out = from − origin`, as long as the shortest of them.
+    fn widen<S: Simd, C: Real>(simd: S, from: &[Self], origin: &[C], out: &mut [C]);
+}
+
+/// One number at a time, which compilers turn into registers full where `of` is simple.
+#[inline(always)]
+fn each<T: Copy, C: Real>(from: &[T], origin: &[C], out: &mut [C], of: impl Fn(T) -> C) {
+    for ((out, &from), &origin) in out.iter_mut().zip(from).zip(origin) {
+        *out = of(from) - origin;
+    }
+}
+
+macro_rules! plain {
+    ($t:ident) => {
+        impl Widen for $t {
+            #[inline(always)]
+            fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
+                each(from, origin, out, |x| x.to_real());
+            }
+        }
+    };
+}
+plain!(f64);
+plain!(f32);
+
+impl Widen for bf16 {
+    #[inline(always)]
+    fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
+        each(from, origin, out, |x| C::of_f32(f32::from_bits(u32::from(x.to_bits()) << 16)));
+    }
+}
+
+/// `out = values − origin` for as many numbers as a register has, which the compiler then knows.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn less<C: Real, const N: usize>(values: &[f32; N], origin: &[C; N], out: &mut [C; N]) {
+    for i in 0..N {
+        out[i] = C::of_f32(values[i]) - origin[i];
+    }
+}
+
+impl Widen for f16 {
+    #[inline(always)]
+    fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
+        // Numbers that registers were filled with.
+        #[allow(unused_mut)]
+        let mut done = 0;
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_loadu_si256, _mm512_cvtph_ps};
+            let len = from.len().min(origin.len()).min(out.len());
+            let (from, origin, out) = (&from[..len], &origin[..len], &mut out[..len]);
+            // pulp's registers of 16 and 8 `f32` on this architecture come with AVX-512F and with AVX2 and F16C.
+            if S::F32_LANES == 16 {
+                let (parts, _) = from.as_chunks::<16>();
+                for ((from, origin), out) in parts.iter().zip(origin.as_chunks().0).zip(out.as_chunks_mut().0)
+                {
+                    // SAFETY: 16 numbers of 16 bits are there, and so is the instruction.
+                    let values: [f32; 16] = unsafe {
+                        std::mem::transmute(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())))
+                    };
+                    less(&values, origin, out);
+                }
+                done = parts.len() * 16;
+            } else if S::F32_LANES == 8 {
+                let (parts, _) = from.as_chunks::<8>();
+                for ((from, origin), out) in parts.iter().zip(origin.as_chunks().0).zip(out.as_chunks_mut().0)
+                {
+                    // SAFETY: 8 numbers of 16 bits are there, and so is the instruction.
+                    let values: [f32; 8] = unsafe {
+                        std::mem::transmute(_mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())))
+                    };
+                    less(&values, origin, out);
+                }
+                done = parts.len() * 8;
+            }
+        }
+        let len = from.len().min(origin.len()).min(out.len());
+        each(&from[done..len], &origin[done..len], &mut out[done..len], |x| x.to_real());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Read<'a, T, C>(&'a [T], &'a [C], &'a mut [C]);
+    impl<T: Element, C: Real> pulp::WithSimd for Read<'_, T, C> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            T::widen(simd, self.0, self.1, self.2);
+        }
+    }
+
+    fn check<T: Element, C: Real>(numbers: &[T]) {
+        for arch in crate::cpu::tests::architectures() {
+            // Every place of a register, and what is left after the last.
+            for shift in [0, 1, 15] {
+                let numbers = &numbers[shift..];
+                let mut out = vec![C::ONE; numbers.len()];
+                arch.dispatch(Read(numbers, &vec![C::ZERO; numbers.len()], &mut out));
+                for (&x, &got) in numbers.iter().zip(&out) {
+                    let want: f64 = x.to_real();
+                    let same = got.as_f64() == want || got.as_f64().is_nan() && want.is_nan();
+                    assert!(same, "{x:?} read as {got:?} with {arch:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_16_bit_number_is_read_exactly_on_every_instruction_set() {
+        let f16s: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let bf16s: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        check::<_, f32>(&f16s);
+        check::<_, f64>(&f16s);
+        check::<_, f32>(&bf16s);
+        check::<_, f64>(&bf16s);
+    }
+}
