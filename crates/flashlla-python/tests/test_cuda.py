@@ -82,13 +82,64 @@ def test_gradients_with_a_scale(scale: torch.Tensor, precision: str) -> None:
     for name, a, b in zip("qkv", found, wanted, strict=False):
         assert_near(a.cpu(), b, GRADIENT, f"d{name}")
     off = (found[3].cpu().double() - wanted[3]).norm()
-    print(f"dscale {found[3].tolist()}, exactly {wanted[3].tolist()}: off by {off / terms.norm():.1e} of its terms' norm")
+    print(
+        f"dscale {found[3].tolist()}, exactly {wanted[3].tolist()}: off by {off / terms.norm():.1e} of its terms' norm"
+    )
     assert off <= SCALE[precision] * terms.norm()
     # Where all terms have one sign nothing cancels, and the sum itself is as good as they are.
     signed = weights * terms.sign()
     found = torch.autograd.grad(out, mine[3], signed.cuda())[0]
     wanted = torch.autograd.grad(want, exact[3], signed.double())[0]
     assert_near(found.cpu(), wanted, 5e-3, "dscale of one sign")
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v", "grad_out"])
+def test_numbers_that_are_not_finite(where: str, number: float) -> None:
+    n, token, window = 1024, 500, 37
+    tensors = leaves(shapes=((2, 4, n, 64), (2, 2, n, 64), (2, 2, n, 48)))
+    tensors.append(random(2, 4, n, 48, seed=9, dtype=torch.bfloat16))
+
+    def results(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        *inputs, weights = (x.cuda().requires_grad_() for x in tensors)
+        out = flashlla.attention(*inputs, ridge=2.0, causal=True, window=window)
+        return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, inputs, weights))]
+
+    place = ["q", "k", "v", "grad_out"].index(where)
+    spoilt = [x.clone() for x in tensors]
+    spoilt[place][1, 1, token, 3] = number
+    # Query head 1 reads KV head 0, as 0 does; queries 2 and 3 read KV head 1.
+    of_query = where in ("q", "grad_out")
+    heads, kv_head = ([1], 0) if of_query else ([2, 3], 1)
+    seeing = range(token, token + (1 if of_query else window))
+    queries = torch.zeros(2, 4, n, dtype=torch.bool)
+    queries[1, heads, seeing.start : seeing.stop] = True
+    keys = torch.zeros(2, 2, n, dtype=torch.bool)
+    keys[1, kv_head, token - window + 1 : seeing.stop] = True
+    # Two blocks of queries and keys, the largest that kernels have, to either side.
+    around = torch.zeros_like(keys)
+    around[1, kv_head, token - window - 256 : seeing.stop + 256] = True
+
+    def bad(x: torch.Tensor) -> torch.Tensor:
+        return ~x.isfinite().all(-1)
+
+    clean, (out, dq, dk, dv) = results(tensors), results(spoilt)
+    if where == "grad_out":
+        assert_near(out, clean[0], 1e-6, "out")
+    else:
+        assert torch.equal(out.isnan().all(-1), queries)
+        assert_near(out[~queries], clean[0][~queries], OUT, "out of the others")
+    if where == "v":
+        # The gradients are those with a zero in its place.
+        spoilt[place][1, 1, token, 3] = 0
+        for name, a, b in zip(("dq", "dk", "dv"), (dq, dk, dv), results(spoilt)[1:], strict=True):
+            assert_near(a, b, 1e-6, name)
+        return
+    assert torch.equal(bad(dq), queries) and torch.equal(bad(dv), keys)
+    # A query that is not finite has no mean key, and that reaches all keys of the blocks that its own is held against.
+    assert bad(dk)[keys].all() and not bad(dk)[~(keys | around if where == "q" else keys)].any()
+    for name, a, b in (("dq", dq, clean[1]), ("dk", dk, clean[2]), ("dv", dv, clean[3])):
+        assert_near(a[~bad(a)], b[~bad(a)], GRADIENT, f"{name} of the others")
 
 
 @pytest.mark.parametrize("layout", ["bnhd", "bnd", "nhd"])
@@ -213,16 +264,18 @@ def test_host_time_of_a_call() -> None:
         lambda: lla_attention(*leaves),
     ]
     for call in calls:
-        times = []
-        for i in range(600):
-            if i % 20 == 0:  # So that the queue of launches never fills.
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        middle = sorted(times[100:])[250]
-        print(f"host time of a forward at (1, 64, 64): {1e6 * middle:.1f} µs")
-        assert middle < 60e-6, f"{1e6 * middle:.1f} µs"
+        medians = []
+        for _ in range(20):
+            times = []
+            torch.cuda.synchronize()  # So that the queue of launches never fills.
+            for _ in range(50):
+                began = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - began)
+            medians.append(1e6 * sorted(times)[25])
+        print(f"host time of a forward at (1, 64, 64), medians of 50: {min(medians):.1f} to {max(medians):.1f} µs")
+        # What the call costs, not what else the processor did: a shared one can be half as fast for a while.
+        assert min(medians) < 60, medians
 
 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])

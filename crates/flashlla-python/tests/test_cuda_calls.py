@@ -178,6 +178,24 @@ def test_gradient_of_a_scale_does_not_cancel(plans) -> None:
     assert_near(got, want, 1e-4)
 
 
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "bnd", "nhd"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_queries_are_marked_where_the_gradient_of_their_output_is_not_finite(plans, layout: str, number: float) -> None:
+    q, k, v = (x.requires_grad_() for x in leaves(layout, torch.float16))
+    out = short(q, k, v, layout=layout)
+    weights = torch.full_like(out, 6e4)  # Whose sums are beyond float16.
+    torch.autograd.grad(out, q, weights, retain_graph=True)
+    rows = heads_first(weights, layout)
+    rows[0, -1, 3, 1] = number
+    torch.autograd.grad(out, q, weights, retain_graph=True)
+    want = torch.zeros(rows.shape[:3], dtype=torch.bool)
+    want[0, -1, 3] = True
+    # What the forward left stays as it is.
+    torch.autograd.grad(out, q, torch.ones_like(out))
+    clean, spoilt, after = (run["marked"] for run in plans.backward[0].runs)
+    assert torch.equal(spoilt, want) and not clean.any() and not after.any()
+
+
 def test_calls_of_one_kind_are_made_ready_once(plans) -> None:
     q, k, v = leaves()
     for ridge in (2.0, 2, 2.0):

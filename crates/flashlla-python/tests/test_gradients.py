@@ -128,7 +128,9 @@ def test_error_of_a_scales_gradient_goes_with_its_terms() -> None:
     for tolerance in (3e-3, 1e-4):
         out = flashlla.attention(q, k, v, scale=scale, solver="cg", tolerance=tolerance, **options)
         off = (torch.autograd.grad(out, scale, weights)[0] - terms.sum()).abs()
-        print(f"tolerance {tolerance}: {off / terms.norm():.1e} of the terms' norm, {off / terms.sum().abs():.1e} of their sum")
+        print(
+            f"tolerance {tolerance}: {off / terms.norm():.1e} of the terms' norm, {off / terms.sum().abs():.1e} of their sum"
+        )
         assert off <= 3 * tolerance * terms.norm()
 
 

@@ -146,3 +146,25 @@ def test_wrong_calls() -> None:
         module(x(), x(), x(), need_weights=True)
     with pytest.raises(ValueError, match="^attn_mask:"):
         module(x(), attn_mask=torch.zeros(9, 9))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("query", {"query": torch.ones(2, 9, 23)}),
+        ("query", {"query": torch.ones(24)}),
+        ("key", {"key": torch.ones(2, 7, 23)}),
+        ("key", {"key": torch.ones(7, 24)}),
+        ("value", {"key": torch.ones(2, 7, 24), "value": torch.ones(2, 7, 25)}),
+        ("key_padding_mask", {"key_padding_mask": torch.zeros(2, 8, dtype=torch.bool)}),
+        ("key_padding_mask", {"key_padding_mask": torch.zeros(9, 2, dtype=torch.bool)}),
+    ],
+)
+def test_errors_of_a_call_name_the_argument(name: str, arguments: dict) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: shape"):
+        block()(**({"query": x()} | arguments))
+
+
+def test_a_padding_mask_of_integers_is_refused() -> None:
+    with pytest.raises(TypeError, match="^key_padding_mask: dtype torch.int64"):
+        block()(x(), key_padding_mask=torch.zeros(2, 9, dtype=torch.int64))

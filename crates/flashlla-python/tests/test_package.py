@@ -9,6 +9,7 @@ import sys
 
 import flashlla
 import pytest
+import torch
 from conftest import ROOT
 from flashlla.__main__ import main
 
@@ -55,8 +56,15 @@ def test_bench(capsys) -> None:
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in rows)
     assert main(["bench", "--shape", "1,2,64,16", "--repeats", "1", "--ridge", "-1"]) == 1
     assert "ridge" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["bench", "--shape", "1,2"])
+    for wrong in (["--shape", "1,2"], ["--shape", "1,2,a,4"], ["--repeats", "0"]):
+        with pytest.raises(SystemExit):
+            main(["bench", *wrong])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert wrong[0] in error and f"'{wrong[1]}' is not allowed" in error
+    for device in ("gpu", "meta", *([] if torch.cuda.is_available() else ["cuda"])):
+        assert main(["bench", "--device", device]) == 1
+        error = capsys.readouterr().err
+        assert device in error and error.count("\n") == 1
 
 
 def test_runs_as_a_program() -> None:

@@ -40,10 +40,19 @@ def _info() -> dict[str, Any]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(size) for size in text.split(","))
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        sizes = ()
     if len(sizes) != 4 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not allowed; it must be BATCH,HEADS,TOKENS,DIM")
     return sizes
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not allowed; it must be an integer of at least 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,12 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time it against PyTorch's attention and the dense reference")
     bench.add_argument("--shape", type=_shape, action="append", metavar="B,H,N,D", help="default 1,8,1024,64")
     bench.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float32")
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--ridge", type=float, default=10.0)
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    bench.add_argument("--ridge", type=float, default=10.0, help="default 10")
     bench.add_argument("--full", action="store_true", help="every query sees every key (default: causal)")
-    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--repeats", type=_count, default=5, help="runs of which the median is shown")
     for command in (info, bench):
-        command.add_argument("--json", action="store_true")
+        command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -70,7 +79,7 @@ def _bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for shape in args.shape or [(1, 8, 1024, 64)]:
         options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "device": args.device, "ridge": args.ridge}
-        measured = measure(shape, causal=not args.full, repeats=max(1, args.repeats), **options)
+        measured = measure(shape, causal=not args.full, repeats=args.repeats, **options)
         rows += [{"shape": list(shape), **row} for row in measured]
     return rows
 
@@ -79,8 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         result: Any = _info() if args.command == "info" else _bench(args)
-    except (ValueError, TypeError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        # PyTorch's errors can have many lines.
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(result, indent=2))

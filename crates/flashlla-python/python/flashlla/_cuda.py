@@ -20,6 +20,9 @@ _NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", to
 # The shape of one number per KV head beside q, k and v of a layout.
 _PER_HEAD = {"bhnd": (-1, 1, 1), "bnhd": (-1, 1), "nhd": (-1, 1), "bnd": (1, 1)}
 
+# A log-sum-exp that makes every weight of its query infinite, and is not minus infinity, which says that there are none.
+_SPOILT = -1e30
+
 # Calls that a graph of CUDA's may repeat.
 _CAPTURED: set[Call] = set()
 
@@ -62,9 +65,9 @@ class Call:
 
     Tensors come in the layout of the call, in any strides; ridges `[]`, `[HQ]` or `[B, HQ, N]` and biases `[M]` or `[B, H, M]`
     with 1 where they are constant, all in float32. The kernels know one scale, a number. A scale in device memory, per KV head
-    or one, is folded into what they read: queries and keys times `a` with the default scale s have the logits of scale
-    s·a², and with ridges times `a²` the same fit; a given probe is divided by `a`, because it meets keys that are multiplied
-    with it. Half precision would round `a·q` and `a·k` once more, so they become float32.
+    or one, is folded into what they read: queries and keys times its root `a` with scale 1 have the same logits, and with
+    ridges times `a²` the same fit; a given probe is divided by `a`, because it meets keys that are multiplied with it. Half
+    precision would round `a·q` and `a·k` once more, so they become float32.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Call:
         self.rows, self.kv_heads, self.keys, self.head_dim = (b, h, n), of_k[1], of_k[2], d
         self.dtype = torch.float32 if folded else dtype
         self.out_shape = (*q[:-1], v[-1])
-        given = options._replace(ridge=ridge, scale=scale)
+        given = options._replace(ridge=ridge, scale=1.0 if folded else scale)
         described = {"q": of_q, "k": of_k, "v": of_v, "bias": bias, "probe": probe}
         self._made_from = (described, given.given(None, None if sequences is None else list(sequences)))
         self._forward = _flashlla.cuda_forward_plan(device, layout, _NAMES[self.dtype], *self._made_from)
@@ -152,31 +155,34 @@ class Call:
                 f"probe: shape {list(probe.shape)} does not fit; it must be that of q, {list(self.q_shape)}"
             )
 
-    def _ratio(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """a² of every KV head and of every query head, or one for all."""
+    def _square(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """a² of every KV head and of every query head, or one `[1]` for all, which fits every axis."""
         if scale.dim() > 1 or scale.numel() not in (1, self.kv_heads):
             raise ValueError(
                 f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{self.kv_heads}] (KV heads)"
             )
-        ratio = scale.to(torch.float32).reshape(-1) * self.head_dim**0.5
+        square = scale.to(torch.float32).reshape(-1)
         group = self.rows[1] // self.kv_heads
         # `repeat_interleave` takes several kernels.
-        return ratio, ratio if len(ratio) == 1 or group == 1 else ratio[:, None].expand(-1, group).reshape(-1)
+        return square, square if scale.numel() == 1 or group == 1 else square[:, None].expand(-1, group).reshape(-1)
+
+    def _roots(self, square: Tensor, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """a of query heads and of KV heads, shaped to multiply queries and keys."""
+        root = square.sqrt()
+        if len(square) == 1:
+            return root, root
+        axes = _PER_HEAD[self.layout]
+        return (root if grouped is square else grouped.sqrt()).reshape(axes), root.reshape(axes)
 
     def _folded(
         self, q: Tensor, k: Tensor, v: Tensor, ridge: Tensor | None, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ratio, grouped = self._ratio(scale)
-        axes = _PER_HEAD[self.layout]
+        square, grouped = self._square(scale)
+        of_q, of_k = self._roots(square, grouped)
         ridges = self.ridge if ridge is None else ridge.reshape(1, -1, 1) if ridge.dim() == 1 else ridge
-        root = ratio.sqrt()
+        by_head = grouped if len(grouped) == 1 else grouped.reshape(1, -1, 1)
         # Products with float32 are float32.
-        return (
-            q * (root if grouped is ratio else grouped.sqrt()).reshape(axes),
-            k * root.reshape(axes),
-            v.float(),
-            grouped.reshape(1, -1, 1) * ridges,
-        )
+        return q * of_q, k * of_k, v.float(), by_head * ridges
 
     def _pad(self, probe: Tensor, scale: Tensor | None, into: Tensor) -> int:
         if probe.shape != self.q_shape:
@@ -186,7 +192,7 @@ class Call:
         narrow = into.zero_()[:, :, : self.rows[2], : self.head_dim]
         narrow.copy_(heads_first(probe, self.layout))
         if scale is not None:
-            narrow.div_(self._ratio(scale)[1].sqrt().reshape(-1, 1, 1))
+            narrow.div_(self._square(scale)[1].sqrt().reshape(-1, 1, 1))
         return into.data_ptr()
 
     def forward(
@@ -243,6 +249,17 @@ class Call:
         )
         return out
 
+    def _marked(self, lse: Tensor, grad_out: Tensor) -> Tensor:
+        """`lse`, and far below any other where it is NaN or a row of `grad_out` is not finite.
+
+        The kernels read what is not finite as zeros. A scaled loss that overflowed would so get gradients that are finite and
+        wrong, and nobody would know that the step is to be skipped. With such a sum all weights of the query are infinite but
+        those of keys that it does not see, which stay 0: its gradients and those of the keys that it sees are no numbers, and
+        no others. NaN would leave the query out of the keys' gradients.
+        """
+        sums = heads_first(grad_out, self.layout).sum(-1, dtype=torch.float32)
+        return torch.add(lse, sums, alpha=0).nan_to_num_(_SPOILT, torch.inf, -torch.inf)
+
     def _backward_plan(self, grad: torch.dtype) -> Any:
         plan = self._backward.get(grad)
         if plan is None:
@@ -254,7 +271,7 @@ class Call:
     def backward(
         self,
         grad_out: Tensor,
-        lse: int,
+        lse: Tensor,
         state: Tensor,
         q: Tensor,
         k: Tensor,
@@ -266,7 +283,7 @@ class Call:
         gradients: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Puts a backward into the current stream, and returns the gradients of q, k, v (`gradients`, if given), ridge, scale,
-        bias and probe."""
+        bias and probe. `lse`, `[batch, query head, query]`, and `state` are what the forward wrote."""
         plan = self._backward_plan(grad_out.dtype)
         given = (q, k, v)
         ridge_at = self._ridge(ridge)
@@ -279,6 +296,7 @@ class Call:
             dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         else:
             dq, dk, dv = gradients
+        marked = self._marked(lse, grad_out)
         rows, bias_at = self._bias(bias)
         per_query = q.new_empty((2, *self.rows), dtype=torch.float32)
         per_key = None if bias is None else q.new_empty((*self.rows[:2], self.keys), dtype=torch.float32)
@@ -294,7 +312,7 @@ class Call:
             bias_at,
             ridge_at,
             _view(grad_out),
-            lse,
+            marked.data_ptr(),
             key_mean,
             key_mean + 4 * self.state_numel,
             _view(dq),
@@ -326,15 +344,14 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients by what was given, from those by what the kernels read; `per_query`, those of ridges and scales, in place.
 
-        With a² = s/s₀ held fast the call is that of `a q`, `a k`, `a² λ` and scale s/a², so that its derivative by s is the
+        With a² = s held fast the call is that of `a q`, `a k`, `a² λ` and scale s/a², so that its derivative by s is the
         kernels' by their scale over a². None of it goes by way of the gradients of q and k, whose sums cancel.
         """
-        ratio, grouped = self._ratio(scale)
-        axes = _PER_HEAD[self.layout]
+        square, grouped = self._square(scale)
+        of_q, of_k = self._roots(square, grouped)
         dq, dk, dv = (torch.empty_like(x) for x in given) if into is None else into
-        root = ratio.sqrt()
-        torch.mul(found[0], (root if grouped is ratio else grouped.sqrt()).reshape(axes), out=dq)
-        torch.mul(found[1], root.reshape(axes), out=dk)
+        torch.mul(found[0], of_q, out=dq)
+        torch.mul(found[1], of_k, out=dk)
         dv.copy_(found[2])
         per_query[0].mul_(grouped.reshape(-1, 1))
         heads = per_query[1].sum((0, 2)) / grouped
@@ -357,7 +374,7 @@ class Call:
     def _probe_gradient(self, covariance: Tensor, scale: Tensor | None) -> Tensor:
         gradient = -covariance[:, :, : self.rows[2], : self.head_dim]
         if scale is not None:
-            gradient = gradient / self._ratio(scale)[1].sqrt().reshape(-1, 1, 1)
+            gradient = gradient / self._square(scale)[1].sqrt().reshape(-1, 1, 1)
         laid_out: Tensor = as_laid_out(gradient, self.layout).contiguous()
         return laid_out
 

@@ -52,7 +52,9 @@ class _Recorded(torch.autograd.Function):
 
 
 def _gradients(call: Call, grad_out: Tensor, kept: Tensor, *tensors: Any) -> tuple[Tensor | None, ...]:
-    return call.backward(grad_out, kept.data_ptr() + 8 * call.state_numel, kept, *tensors)
+    _, h, n = call.rows
+    lse = kept.as_strided(call.rows, (h * n, n, 1), 2 * call.state_numel)
+    return call.backward(grad_out, lse, kept, *tensors)
 
 
 class _Once(torch.autograd.Function):
@@ -67,7 +69,7 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError("flashlla: gradients of gradients are not implemented")
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether anything looks at operators as they are called."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -90,7 +92,7 @@ def attention(
     out_dtype: torch.dtype | None,
 ) -> Tensor | None:
     device, dtype = q.get_device(), q.dtype
-    if dtype not in _FLOATS or _watched():
+    if dtype not in _FLOATS or watched():
         return None
     tensors = [q, k, v]
     ridge_value, scale_value = options.ridge, options.scale

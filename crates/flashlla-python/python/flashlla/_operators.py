@@ -177,9 +177,7 @@ def _backward_cuda(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = _call(tensors, arguments[10:20])
     float_ridge, rows = _as_call_takes(ridge, bias)
     others = (float_ridge, scale, rows, probe)
-    _, _, _, dridge, dscale, dbias, dprobe = call.backward(
-        grad_out, lse.data_ptr(), state, q, k, v, *others, (dq, dk, dv)
-    )
+    _, _, _, dridge, dscale, dbias, dprobe = call.backward(grad_out, lse, state, q, k, v, *others, (dq, dk, dv))
     return (
         *(dq, dk, dv),
         results[3] if ridge is None or dridge is None else dridge.to(ridge.dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any, NamedTuple
 
 LAYOUTS = {"bhnd": 4, "bnhd": 4, "bnd": 3, "nhd": 3}
@@ -68,12 +69,13 @@ def checked(
     for argument, x in (("solver", solver), ("precision", precision)):
         if not isinstance(x, str):
             raise _must_be("a string", argument, x)
-    if tolerance is not None and not isinstance(tolerance, (float, int)):
+    if tolerance is not None and (not isinstance(tolerance, Real) or isinstance(tolerance, bool)):
         raise _must_be("a number", "tolerance", tolerance)
     offset = _integer("q_offset", q_offset)
     if offset is None:
         raise _must_be("an integer", "q_offset", None)
     window, max_iters = _integer("window", window), _integer("max_iters", max_iters)
+    tolerance = None if tolerance is None else float(tolerance)
     return Options(10.0, None, causal, window, offset, leave_one_out, solver, tolerance, max_iters, precision)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def _autocast(device: str) -> torch.dtype | None:
 
 def _number(argument: str, x: Any) -> float:
     try:
+        if isinstance(x, (str, bytes)):
+            raise TypeError
         return float(x)
     except (TypeError, ValueError):
         raise TypeError(f"{argument}: {type(x).__name__} is not allowed; it must be a number or a tensor") from None
@@ -111,7 +114,7 @@ def attention(
         _floating("scale", scale)
         if diagnostics and (scale.numel() > 1 or device.type != "cpu"):
             # Mean keys and probes are those of the rescaled call.
-            root = _grouped(_ratio(scale, q, k), q, k).detach().sqrt()
+            root = _grouped(_square(scale, q, k), q, k).detach().sqrt()
         if device.type != "cpu":
             scale = scale.to(device)
         elif scale.numel() == 1:
@@ -119,7 +122,7 @@ def attention(
         else:
             out_dtype = q.dtype if out_dtype is None else out_dtype
             q, k, v, ridge, probe = _rescaled(q, k, v, ridge_value if ridge is None else ridge, probe, scale)
-            scale = None
+            scale_value, scale = 1.0, None
     elif scale is not None:
         scale_value, scale = _number("scale", scale), None
 
@@ -152,20 +155,25 @@ def attention(
     return as_laid_out(out, layout), rest
 
 
-def _ratio(scale: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The scale over the default one, `[KV heads or 1, 1, 1]`."""
+def _square(scale: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The scale as `[KV heads or 1, 1, 1]`: the square of what queries and keys are multiplied with."""
     if scale.dim() > 1 or scale.numel() not in (1, k.shape[1]):
         raise ValueError(
             f"scale: shape {list(scale.shape)} does not fit; it must be a number, [] or [{k.shape[1]}] (KV heads)"
         )
+    # The engine would find it in the ridges that are made from it, and name those.
+    if scale.numel() > 1 and scale.device.type == "cpu" and not (torch.compiler.is_compiling() or _eager.watched()):
+        wrong = [x for x in scale.tolist() if not 0 < x < math.inf]
+        if wrong:
+            raise ValueError(f"scale: {wrong[0]} is not allowed; it must be finite and greater than 0 for each KV head")
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    ratio: Tensor = scale.to(q.device, wide).reshape(-1, 1, 1) * q.shape[3] ** 0.5
-    return ratio
+    square: Tensor = scale.to(q.device, wide).reshape(-1, 1, 1)
+    return square
 
 
-def _grouped(ratio: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def _grouped(square: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The same of query heads."""
-    grouped: Tensor = ratio if ratio.shape[0] == 1 else ratio.repeat_interleave(q.shape[1] // k.shape[1], 0)
+    grouped: Tensor = square if square.shape[0] == 1 else square.repeat_interleave(q.shape[1] // k.shape[1], 0)
     return grouped
 
 
@@ -177,15 +185,16 @@ def _rescaled(
     probe: Tensor | None,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """A scale per KV head on the CPU, as a call with the default scale; `_cuda.Call` says how, and does it on a GPU.
+    """A scale per KV head on the CPU, as a call with scale 1; `_cuda.Call` says how, and does it on a GPU.
 
     The gradient of the scale is left to autograd here: in float32 and with solves to 1e-6, which the CPU engine has, the sums
     over q and k keep enough digits.
     """
-    ratio = _ratio(scale, q, k)
-    grouped = _grouped(ratio, q, k)
-    ridges = grouped.reshape(1, -1, 1) * (ridge.to(ratio.dtype) if isinstance(ridge, Tensor) else ridge)
+    square = _square(scale, q, k)
+    grouped = _grouped(square, q, k)
+    ridges = grouped.reshape(1, -1, 1) * (ridge.to(square.dtype) if isinstance(ridge, Tensor) else ridge)
     root = grouped.sqrt()
     if probe is not None:
         probe = probe / root
-    return q.to(ratio.dtype) * root, k.to(ratio.dtype) * ratio.sqrt(), v.to(ratio.dtype), ridges, probe
+    wide = square.dtype
+    return q.to(wide) * root, k.to(wide) * square.sqrt(), v.to(wide), ridges, probe

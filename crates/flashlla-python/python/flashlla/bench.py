@@ -65,6 +65,12 @@ def measure(
     ['flashlla', 'sdpa', 'dense']
     """
     place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device} is not allowed; it must be cpu or cuda")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device} is not there; PyTorch sees no GPU")
+    if repeats < 1:
+        raise ValueError(f"repeats: {repeats} is not allowed; it must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     q, k, v, grad = (torch.randn(shape, generator=generator).to(place, dtype).requires_grad_(i < 3) for i in range(4))
     batch, heads, tokens, dim = shape

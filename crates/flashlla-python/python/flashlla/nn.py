@@ -164,6 +164,16 @@ class LocalLinearAttention(nn.Module):
         alone = key is None and value is None
         key = query if key is None else key
         value = key if value is None else value
+        for name, x, width in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.k_proj.in_features),
+            ("value", value, self.v_proj.in_features),
+        ):
+            if x.dim() != query.dim() or x.dim() not in (2, 3) or x.shape[-1] != width:
+                raise ValueError(
+                    f"{name}: shape {list(x.shape)} does not fit; it must be [batch, token, {width}], or [token, {width}] "
+                    "without a batch, as that of query"
+                )
         single = query.dim() == 2
         if single:
             query, key, value = query[None], key[None], value[None]
@@ -180,6 +190,15 @@ class LocalLinearAttention(nn.Module):
         bias = None
         if key_padding_mask is not None:
             padding = key_padding_mask[None] if key_padding_mask.dim() == 1 else key_padding_mask
+            if padding.shape not in (k.shape[:2], (1, k.shape[1])):
+                raise ValueError(
+                    f"key_padding_mask: shape {list(key_padding_mask.shape)} does not fit; it must be {list(k.shape[:2])} "
+                    "(batch, keys)"
+                )
+            if padding.dtype != torch.bool and not padding.is_floating_point():
+                raise TypeError(
+                    f"key_padding_mask: dtype {padding.dtype} is not allowed; it must be torch.bool or a floating-point type"
+                )
             if padding.dtype == torch.bool:
                 padding = torch.zeros(padding.shape, device=q.device).masked_fill(padding, float("-inf"))
             bias = padding[:, None]

@@ -177,6 +177,11 @@ impl BackwardPlan {
 
     /// Puts a backward into `stream`; see [`super::ForwardPlan::run`].
     ///
+    /// Queries, keys, values and gradients of outputs are read as zeros where they are not finite. What says that a query is
+    /// not to be trusted is its `lse`: NaN (the forward's, where a query or a key that it sees is not finite) makes its own
+    /// gradients NaN and leaves it out of those of the keys; -1e30 makes those of the keys that it sees not finite too, and of
+    /// no others. A query that is itself not finite may also reach keys in the same blocks as those that it sees.
+    ///
     /// # Safety
     /// As there.
     pub unsafe fn run(

@@ -130,7 +130,7 @@ def lla_attention(
         qk_scale: default head_dim^-0.5.
         delta_eps, cg_atol, cg_use_preconditioner: accepted, without effect (see the module).
         cg_rtol: a query is done at |r|² ≤ cg_rtol · |r0|². The default, and anything below, means what the arithmetic resolves
-            (a relative residual of 1e-6 in float32, 1e-12 in float64, 4e-3 on a GPU).
+            (a relative residual of 1e-6 in float32, 1e-12 in float64, 3e-3 on a GPU).
         cg_max_iters: the most steps; on the CPU the solve is direct from there.
 
     Returns:
