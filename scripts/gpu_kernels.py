@@ -109,7 +109,7 @@ class Kernels:
         options = (CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self
                    | GIVEN * (given is not None) | HEAVY_FIRST * causal)
         lse = torch.empty(rows, n, device=dev) if save else None
-        key_mean = torch.empty(rows, np_, pad, device=dev) if save else None
+        key_mean = torch.empty(rows, np_, pad, device=dev)
         probe = given if given is not None else torch.empty(rows, np_, pad, device=dev) if save else None
         kept = []
         its = torch.empty(rows, n, device=dev, dtype=torch.int32) if diagnostics else None
@@ -130,7 +130,7 @@ class Kernels:
              [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
              + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(dv), i64(out.stride(0)), i64(out.stride(1)),
-                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), i32(cap), i32(save), i32(save), i32(save and given is None), i32(diagnostics)])
+                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), i32(cap), i32(save), i32(save and given is None), i32(diagnostics)])
         self.poison(kind, pad, bad, bad_row, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res)
 

@@ -30,7 +30,7 @@ pub mod forward {
         vh: *mut f16,         // [batch * kv_heads, mp, D]
         unit: *mut f32,       // [2, batch * kv_heads]: units of keys and values
         out: *mut E,          // out [batch, heads, n, dv], strided
-        key_mean: *mut f32,   // out [batch * heads, np, D] if save_mean
+        key_mean: *mut f32,   // out [batch * heads, np, D]
         x: *mut f32,          // out [batch * heads, np, D] if save_probe; in: the given one under option 16
         lse: *mut f32,        // out [batch * heads, n] if save_lse, natural
         ridge: *mut f32,      // [batch, heads, n], strided
@@ -68,7 +68,6 @@ pub mod forward {
         tolerance2: f32, // square of the relative residual asked for
         max_iterations: i32,
         save_lse: i32,
-        save_mean: i32,
         save_probe: i32,
         diagnostics: i32,
     ) {
@@ -268,6 +267,8 @@ pub mod forward {
         record = put::<BM>(record, 11i32, free);
         record = put::<BM>(record, 14i32, energy);
         let d: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, beta, qf);
+        // Wanted or not: a condition here, or this store behind the loop, and the compiler finds no registers for the passes.
+        store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
         let (first_record, first_hi, first_lo): (
             Tile<f32, { [BM, 16] }>,
             Tile<f16, { [BM, D] }>,
@@ -313,17 +314,10 @@ pub mod forward {
         let mut reach: Tile<f32, { [BM, 1] }> = two * sqrt(energy, rounding::NearestEven, ftz::Disabled);
         if (options & 16i32) != 0i32 {
             probe = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
-            if save_mean != 0i32 {
-                store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
-            }
             // |alpha| <= |x| |k - kbar|, and keys have norm at most 2 sqrt(D) units.
             let most: Tile<f32, { [BM, 1] }> = constant(64.0f32, const_shape![BM, 1]);
             reach = sqrt(row_dot::<BM, D>(probe, probe), rounding::NearestEven, ftz::Disabled) * kun * most;
         } else {
-            // Here and above, not once after both: the compiler then finds no registers for the passes.
-            if save_mean != 0i32 {
-                store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
-            }
             if save_probe != 0i32 {
                 store_packed::<f32, BM, D>(x, grid.0 * np, tile, probe);
             }

@@ -60,12 +60,14 @@ struct Scratch {
     unit: u64,
     kh: u64,
     vh: u64,
+    key_mean: u64,
     bytes: usize,
 }
 
 impl Scratch {
     fn new(core: &Core, convert: &Convert) -> Self {
-        let key_rows = core.heads()[1] * core.padded_keys();
+        let [heads, kv_heads] = core.heads();
+        let (rows, key_rows) = (heads * core.padded_queries(), kv_heads * core.padded_keys());
         let mut places = Places::default();
         let places = &mut places;
         Self {
@@ -74,6 +76,7 @@ impl Scratch {
             unit: places.take(2 * core.heads()[1] * 4),
             kh: places.take(key_rows * core.width * 2),
             vh: places.take(key_rows * core.width * 2),
+            key_mean: places.take(rows * core.width * 4),
             bytes: places.0,
         }
     }
@@ -115,7 +118,7 @@ impl ForwardPlan {
         self.core.state_shape()
     }
 
-    /// The scratch that a forward needs, in bytes: O(M D) per key head.
+    /// The scratch that a forward needs, in bytes: O((N + M) D) per head.
     pub fn scratch_bytes(&self) -> usize {
         self.scratch.bytes
     }
@@ -172,7 +175,8 @@ impl ForwardPlan {
         // SAFETY: inside the scratch.
         let ridge = unsafe { core.write_tables(&at.tables, base, p.ridge, stream)? };
 
-        let [key_mean, probe, lse] = [p.key_mean, p.probe.or(p.probe_out), p.lse].map(|at| at.unwrap_or(0));
+        let key_mean = p.key_mean.unwrap_or(base + at.key_mean);
+        let [probe, lse] = [p.probe.or(p.probe_out), p.lse].map(|at| at.unwrap_or(0));
         let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
         let strides = |arguments: Arguments, view: &DeviceView| {
             arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
@@ -185,7 +189,6 @@ impl ForwardPlan {
         let forward = strides(forward, &p.q).f32(a.scale() as f32).i32s([int(a.value_dim())]);
         let forward = strides(forward, &p.out).then(&core.solve_limits(ridge)).i32s([
             i32::from(p.lse.is_some()),
-            i32::from(p.key_mean.is_some()),
             i32::from(p.probe_out.is_some()),
             i32::from(p.diagnostics.is_some()),
         ]);
