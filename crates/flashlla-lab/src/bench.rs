@@ -5,6 +5,7 @@ mod decode;
 mod matmul;
 
 use crate::device::AnyEngine;
+use crate::files::Stored;
 use crate::options::{self, Device, Dtype, SolverArgs, thread_pool};
 use crate::summary::duration;
 use crate::{Error, Result, stdout};
@@ -163,7 +164,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
-fn bench<T: Element>(args: &BenchArgs) -> Result<()>
+fn bench<T: Stored>(args: &BenchArgs) -> Result<()>
 where
     StandardNormal: Distribution<T::Acc>,
 {

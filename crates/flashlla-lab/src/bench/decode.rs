@@ -2,11 +2,12 @@
 //! merely be summed.
 
 use super::{BenchArgs, repeat};
+use crate::files::Stored;
 use crate::options::{Device, Dtype, thread_pool};
 use crate::summary::duration;
 use crate::{Error, Result, stdout};
 use clap::Args;
-use flashlla::{Attention, CacheView, Cpu, Element, Engine, Tensor, View};
+use flashlla::{Attention, CacheView, Cpu, Engine, Tensor, View};
 use rand::seq::SliceRandom;
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -79,7 +80,7 @@ struct Line {
 }
 
 /// Runs it.
-pub fn run<T: Element>(args: &BenchArgs) -> Result<()>
+pub fn run<T: Stored>(args: &BenchArgs) -> Result<()>
 where
     StandardNormal: Distribution<T::Acc>,
 {
@@ -127,7 +128,7 @@ fn row(line: &Line) -> String {
     )
 }
 
-fn measure<T: Element>(args: &BenchArgs, [batch, group, context, dim]: [usize; 4]) -> Result<Line>
+fn measure<T: Stored>(args: &BenchArgs, [batch, group, context, dim]: [usize; 4]) -> Result<Line>
 where
     StandardNormal: Distribution<T::Acc>,
 {
@@ -213,7 +214,7 @@ where
 }
 
 /// Normally distributed numbers: a block of them, over and over from different places, since drawing each would take minutes.
-fn pool<T: Element>(rng: &mut impl Rng, len: usize) -> Vec<T>
+fn pool<T: Stored>(rng: &mut impl Rng, len: usize) -> Vec<T>
 where
     StandardNormal: Distribution<T::Acc>,
 {
@@ -225,12 +226,12 @@ where
 }
 
 /// The sum of all numbers, in the widest registers there are: as fast as memory can be read on the threads of the pool.
-fn sum<T: Element>(numbers: &[T]) -> u64 {
+fn sum<T: Stored>(numbers: &[T]) -> u64 {
     numbers
         .par_chunks(1 << 15)
         .map(|part| {
-            // SAFETY: any bytes are a u64, and what does not fill one at the ends is left out.
-            let (_, words, _) = unsafe { part.align_to::<u64>() };
+            // What does not fill a word at the ends is left out.
+            let (_, words, _) = bytemuck::pod_align_to::<T, u64>(part);
             words.iter().fold(0u64, |sum, &word| sum.wrapping_add(word))
         })
         .reduce(|| 0, u64::wrapping_add)
