@@ -89,6 +89,11 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 occupancy: 1,
                 tensor: false,
             });
+            for entry in ["lla_decode_split", "lla_decode_merge"] {
+                for paged in [false, true] {
+                    list.push(decode(entry, dtype, d, paged, other));
+                }
+            }
             for entry in ["lla_range", "lla_convert"] {
                 for aligned in [true, false] {
                     list.push(Variant {
@@ -132,6 +137,28 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
         }
     }
     list
+}
+
+/// The keys of a tile are named `bn`; there are no query rows.
+fn decode(entry: &'static str, dtype: &'static str, d: i32, paged: bool, other: Option<Tiles>) -> Variant {
+    let (_, bn, warps, occupancy) = other.unwrap_or_else(|| tiles(entry, d));
+    Variant {
+        name: format!("{entry}_{dtype}_n{bn}_d{d}_p{}", u8::from(paged)),
+        entry,
+        module: "decode",
+        ast: crate::decode::decode::__module_ast_self,
+        generics: vec![dtype.into(), bn.to_string(), d.to_string(), u8::from(paged).to_string()],
+        dtype,
+        bm: 0,
+        bn,
+        d,
+        high: false,
+        bias: false,
+        aligned: true,
+        warps,
+        occupancy,
+        tensor: entry == "lla_decode_split",
+    }
 }
 
 fn product(

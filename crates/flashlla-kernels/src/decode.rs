@@ -1,0 +1,473 @@
+//! Decoding: weighted moments of a cache's keys and values in one pass, split over the keys, and the solve that ends it.
+//!
+//! A query needs `l = sum w`, `sum w k`, `sum w v`, `S = sum w k k^T` and `T = sum w v k^T`, with keys shifted by the first one that it
+//! sees. All are entries of `X^T X` with rows `X_j = sqrt(w_j) [k_j, v_j, 1]`. X is rounded to fp16 once and every moment is made
+//! from the rounded X: what comes out is then the exact answer for keys and values off by 2^-11 of themselves, where moments
+//! rounded apart would not cancel in `S / l - kbar kbar^T`.
+
+#[cutile::module]
+pub mod decode {
+    use super::super::tiles::tiles::*;
+    use cutile::core::*;
+
+    /// First key that query `i` of `t` sees of `length`. Options: 1 causal, 2 window.
+    pub fn decode_first(options: i32, length: i32, t: i32, i: i32, window: i32) -> i32 {
+        let mut x: i32 = 0i32;
+        if (options & 2i32) != 0i32 {
+            x = max(length - t + i + 1i32 - window, 0i32);
+        }
+        x
+    }
+
+    /// One past the last.
+    pub fn decode_end(options: i32, length: i32, t: i32, i: i32) -> i32 {
+        let mut x: i32 = length;
+        if (options & 1i32) != 0i32 {
+            x = length - t + i + 1i32;
+        }
+        x
+    }
+
+    /// The page that holds key `key` of a sequence.
+    pub unsafe fn page_of<const PAGED: i32>(table: *mut i32, width: i32, batch: i32, key: i32, page_size: i32) -> i32 {
+        let mut page: i32 = batch;
+        if PAGED == 1i32 {
+            page = load_integer(slice::<i32>(table, wide(batch) * wide(width) + wide(key / page_size)));
+        }
+        page
+    }
+
+    /// A row of up to `D` numbers.
+    pub unsafe fn load_one<E: ElementType, const D: i32>(ptr: *mut E, at: i64, cols: i32) -> Tile<f32, { [D] }> {
+        let x: Tile<E, { [D] }> = load_column::<E, D>(slice::<E>(ptr, at), 1i32, cols);
+        convert_tile(x)
+    }
+
+    /// A pool `[pages, page_size, cols]` of one head, whose base, strides and columns are multiples of 16 bytes.
+    pub unsafe fn pool<E: ElementType>(
+        ptr: *mut E,
+        at: i64,
+        pages: i32,
+        page_size: i32,
+        cols: i32,
+        page_stride: i32,
+        row_stride: i32,
+    ) -> Tensor<E, { [-1, -1, -1] }> {
+        let cols: i32 = assume_div_by::<_, 8>(cols);
+        let page_stride: i32 = assume_div_by::<_, 8>(page_stride);
+        let row_stride: i32 = assume_div_by::<_, 8>(row_stride);
+        let shape: Shape<{ [-1, -1, -1] }> = Shape::<{ [-1, -1, -1] }> { dims: &[pages, page_size, cols] };
+        let strides: Array<{ [-1, -1, 1] }> = Array::<{ [-1, -1, 1] }> { dims: &[page_stride, row_stride] };
+        let view: Tensor<E, { [-1, -1, -1] }> =
+            make_tensor_view(slice_aligned::<E>(ptr, at), shape, strides, new_token_unordered());
+        view
+    }
+
+    /// A number as a tile.
+    pub fn number(x: f32) -> Tile<f32, { [1, 1] }> {
+        broadcast_scalar(x, const_shape![1, 1])
+    }
+
+    /// A tile of one number as that number.
+    pub fn single(x: Tile<f32, { [1, 1] }>) -> f32 {
+        let x: Tile<f32, { [] }> = x.reshape(const_shape![]);
+        let x: f32 = tile_to_scalar(x);
+        x
+    }
+
+    /// `2^x`.
+    pub fn power(x: f32) -> f32 {
+        single(exp2(number(x), ftz::Enabled))
+    }
+
+    /// The unit that puts magnitudes up to `x` at 32 to 64.
+    pub fn unit_for(x: f32) -> f32 {
+        single(pow2_floor::<{ [1, 1] }>(number(x))) * 0.03125f32
+    }
+
+    /// Moments of the keys of one split, for one query.
+    /// `PAGED` = 1: a block table says where keys are; otherwise page = sequence.
+    /// Grid (batch * kv_heads * group * t, splits).
+    #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
+    pub unsafe fn lla_decode_split<E: ElementType, const BN: i32, const D: i32, const PAGED: i32>(
+        q: *mut E,         // [batch, heads, t, d], strided
+        k: *mut E,         // [pages, kv_heads, page_size, d], strided
+        v: *mut E,         // [pages, kv_heads, page_size, dv], strided
+        table: *mut i32,   // [batch, width]; PAGED only
+        lengths: *mut i32, // [batch]
+        moments: *mut f32, // out [rows, splits, 2 D, D]: S over T
+        sums: *mut f32,    // out [rows, splits, 2, D]: of keys, of values
+        state: *mut f32,   // out [rows, splits, 2]: largest logit (base 2), sum of weights
+        options: i32,      // 1 causal, 2 window
+        kv_heads: i32,
+        group: i32, // query heads per KV head
+        t: i32,     // new queries per sequence
+        window: i32,
+        width: i32,
+        pages: i32,
+        page_size: i32, // a multiple of BN, or width 1
+        split_tiles: i32, // key tiles of a split
+        d: i32,
+        dv: i32,
+        q_batch: i64,
+        q_head: i64,
+        q_row: i32,
+        k_page: i32,
+        k_head: i64,
+        k_row: i32,
+        v_page: i32,
+        v_head: i64,
+        v_row: i32,
+        scale: f32,
+    ) {
+        let pid: (i32, i32, i32) = get_tile_block_id();
+        let grid: (i32, i32, i32) = get_num_tile_blocks();
+        let i: i32 = pid.0 % t;
+        let g: i32 = pid.0 / t % group;
+        let kv: i32 = pid.0 / t / group;
+        let batch: i32 = kv / kv_heads;
+        let head: i32 = kv % kv_heads;
+        let length: i32 = load_integer(slice::<i32>(lengths, wide(batch)));
+        let lo: i32 = decode_first(options, length, t, i, window);
+        let hi: i32 = decode_end(options, length, t, i);
+        let first: i32 = lo / BN + pid.1 * split_tiles;
+        let end: i32 = min(first + split_tiles, ceil_div(hi, BN));
+        if first < end {
+            let kv0: Tensor<E, { [-1, -1, -1] }> =
+                pool::<E>(k, wide(head) * k_head, pages, page_size, d, k_page, k_row);
+            let kp: Partition<E, { [1, BN, D] }> = kv0.partition(const_shape![1, BN, D]);
+            let vv0: Tensor<E, { [-1, -1, -1] }> =
+                pool::<E>(v, wide(head) * v_head, pages, page_size, dv, v_page, v_row);
+            let vp: Partition<E, { [1, BN, D] }> = vv0.partition(const_shape![1, BN, D]);
+            let page: i32 = page_of::<PAGED>(table, width, batch, lo, page_size);
+            let shift: Tile<f32, { [D] }> = load_one::<E, D>(
+                k,
+                wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
+                d,
+            );
+            let shift: Tile<f32, { [1, D] }> = shift.reshape(const_shape![1, D]);
+            let shift: Tile<f32, { [BN, D] }> = shift.broadcast(const_shape![BN, D]);
+            let at: i64 = wide(batch) * q_batch + wide(head * group + g) * q_head + wide(i) * wide(q_row);
+            let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
+            let query: Tile<f32, { [D] }> =
+                query * broadcast_scalar(scale * 1.4426950408889634f32, const_shape![D]);
+            let query: Tile<f32, { [1, D] }> = query.reshape(const_shape![1, D]);
+            let query: Tile<f32, { [BN, D] }> = query.broadcast(const_shape![BN, D]);
+
+            let mut m: f32 = -1.0e30f32;
+            let mut ku: f32 = 7.888609e-31f32;
+            let mut vu: f32 = 7.888609e-31f32;
+            let mut l: Tile<f32, { [BN] }> = constant(0.0f32, const_shape![BN]);
+            let mut s_kk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+            let mut s_vk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+            let mut s_k: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
+            let mut s_v: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
+            let none: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
+            let never: Tile<f32, { [BN] }> = constant(-1.0e30f32, const_shape![BN]);
+            for j in first..end {
+                let key: i32 = j * BN;
+                let page: i32 = page_of::<PAGED>(table, width, batch, key, page_size);
+                let slot: i32 = key % page_size / BN;
+                let kt: Tile<E, { [1, BN, D] }> = kp.load([page, slot, 0i32]);
+                let vt: Tile<E, { [1, BN, D] }> = vp.load([page, slot, 0i32]);
+                let kt: Tile<E, { [BN, D] }> = kt.reshape(const_shape![BN, D]);
+                let vt: Tile<E, { [BN, D] }> = vt.reshape(const_shape![BN, D]);
+                let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
+                let mut kf: Tile<f32, { [BN, D] }> = kf - shift;
+                let mut vf: Tile<f32, { [BN, D] }> = convert_tile(vt);
+                let edge: bool = (key < lo) || (key + BN > hi);
+                if edge {
+                    let index: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+                    let index: Tile<i32, { [BN] }> = index + broadcast_scalar(key, const_shape![BN]);
+                    let seen: Tile<bool, { [BN] }> = ge_tile(index, broadcast_scalar(lo, const_shape![BN]))
+                        & lt_tile(index, broadcast_scalar(hi, const_shape![BN]));
+                    let seen: Tile<bool, { [BN, D] }> =
+                        seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
+                    kf = select(seen, kf, none);
+                    vf = select(seen, vf, none);
+                }
+                let mut s: Tile<f32, { [BN] }> = reduce_sum(kf * query, 1i32);
+                if edge {
+                    let index: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+                    let index: Tile<i32, { [BN] }> = index + broadcast_scalar(key, const_shape![BN]);
+                    let seen: Tile<bool, { [BN] }> = ge_tile(index, broadcast_scalar(lo, const_shape![BN]))
+                        & lt_tile(index, broadcast_scalar(hi, const_shape![BN]));
+                    s = select(seen, s, never);
+                }
+                let k_most: Tile<f32, { [BN] }> = reduce_max(absf(kf), 1i32);
+                let v_most: Tile<f32, { [BN] }> = reduce_max(absf(vf), 1i32);
+                // Weights up to 2^8 and numbers up to 2048 units are in fp16's range.
+                let limit: Tile<f32, { [BN] }> = constant(2048.0f32, const_shape![BN]);
+                let over: Tile<f32, { [BN] }> = max_tile(
+                    s - broadcast_scalar(m + 8.0f32, const_shape![BN]),
+                    max_tile(
+                        k_most * broadcast_scalar(1.0f32 / ku, const_shape![BN]) - limit,
+                        v_most * broadcast_scalar(1.0f32 / vu, const_shape![BN]) - limit,
+                    ),
+                );
+                let worst: Tile<f32, { [] }> = reduce_max(over, 0i32);
+                let worst: f32 = tile_to_scalar(worst);
+                if worst > 0.0f32 {
+                    let top: Tile<f32, { [] }> = reduce_max(s, 0i32);
+                    let top: f32 = tile_to_scalar(top);
+                    let k_top: Tile<f32, { [] }> = reduce_max(k_most, 0i32);
+                    let k_top: f32 = tile_to_scalar(k_top);
+                    let v_top: Tile<f32, { [] }> = reduce_max(v_most, 0i32);
+                    let v_top: f32 = tile_to_scalar(v_top);
+                    let new_m: f32 = max(m, top);
+                    let new_ku: f32 = max(ku, unit_for(k_top));
+                    let new_vu: f32 = max(vu, unit_for(v_top));
+                    let f: f32 = power(m - new_m);
+                    let fk: f32 = ku / new_ku;
+                    let fv: f32 = vu / new_vu;
+                    l = l * broadcast_scalar(f, const_shape![BN]);
+                    s_kk = s_kk * broadcast_scalar(f * fk * fk, const_shape![D, D]);
+                    s_vk = s_vk * broadcast_scalar(f * fv * fk, const_shape![D, D]);
+                    s_k = s_k * broadcast_scalar(f * fk, const_shape![D, 16]);
+                    s_v = s_v * broadcast_scalar(f * fv, const_shape![D, 16]);
+                    m = new_m;
+                    ku = new_ku;
+                    vu = new_vu;
+                }
+                let half: Tile<f32, { [BN] }> = constant(0.5f32, const_shape![BN]);
+                let root: Tile<f32, { [BN] }> =
+                    exp2((s - broadcast_scalar(m, const_shape![BN])) * half, ftz::Enabled);
+                let of_k: Tile<f32, { [BN] }> = root * broadcast_scalar(1.0f32 / ku, const_shape![BN]);
+                let of_v: Tile<f32, { [BN] }> = root * broadcast_scalar(1.0f32 / vu, const_shape![BN]);
+                let of_k: Tile<f32, { [BN, D] }> =
+                    of_k.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
+                let of_v: Tile<f32, { [BN, D] }> =
+                    of_v.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
+                let xk: Tile<f16, { [BN, D] }> = convert_tile(kf * of_k);
+                let xv: Tile<f16, { [BN, D] }> = convert_tile(vf * of_v);
+                let sixty_four: Tile<f32, { [BN] }> = constant(64.0f32, const_shape![BN]);
+                let x1: Tile<f16, { [BN] }> = convert_tile(root * sixty_four);
+                let w: Tile<f32, { [BN] }> = convert_tile(x1);
+                l = l + w * w;
+                let x1: Tile<f16, { [BN, 16] }> =
+                    x1.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, 16]);
+                s_kk = mma(xk.transpose(), xk, s_kk);
+                s_vk = mma(xv.transpose(), xk, s_vk);
+                s_k = mma(xk.transpose(), x1, s_k);
+                s_v = mma(xv.transpose(), x1, s_v);
+            }
+            let part: i32 = pid.0 * grid.1 + pid.1;
+            let parts: i32 = grid.0 * grid.1;
+            store_packed::<f32, D, D>(
+                moments,
+                parts * 2i32 * D,
+                part * 2i32,
+                s_kk * broadcast_scalar(ku * ku, const_shape![D, D]),
+            );
+            store_packed::<f32, D, D>(
+                moments,
+                parts * 2i32 * D,
+                part * 2i32 + 1i32,
+                s_vk * broadcast_scalar(vu * ku, const_shape![D, D]),
+            );
+            let k_sum: Tile<f32, { [D] }> = reduce_max(s_k, 1i32);
+            let v_sum: Tile<f32, { [D] }> = reduce_max(s_v, 1i32);
+            let at: i64 = wide(part) * wide(2i32 * D);
+            let k_sum: Tile<f32, { [D] }> = k_sum * broadcast_scalar(ku * 0.015625f32, const_shape![D]);
+            let v_sum: Tile<f32, { [D] }> = v_sum * broadcast_scalar(vu * 0.015625f32, const_shape![D]);
+            store_column::<f32, D>(slice::<f32>(sums, at), D, k_sum);
+            store_column::<f32, D>(slice::<f32>(sums, at + wide(D)), D, v_sum);
+            let l: Tile<f32, { [] }> = reduce_sum(l, 0i32);
+            let l: f32 = tile_to_scalar(l);
+            store_number(state, wide(part) * wide(2i32), m);
+            store_number(state, wide(part) * wide(2i32) + wide(1i32), l * 0.000244140625f32);
+        }
+    }
+
+    /// Merges the splits of one query in their order, solves, and writes the output.
+    /// Grid (batch * kv_heads * group * t).
+    #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
+    pub unsafe fn lla_decode_merge<E: ElementType, const BN: i32, const D: i32, const PAGED: i32>(
+        q: *mut E,
+        k: *mut E,
+        table: *mut i32,
+        lengths: *mut i32,
+        moments: *mut f32,
+        sums: *mut f32,
+        state: *mut f32,
+        ridge: *mut f32,      // [batch, heads, t], strided
+        out: *mut E,          // out [batch, heads, t, dv], strided
+        lse: *mut f32,        // out [batch, heads, t], natural
+        key_mean: *mut f32,   // out [batch, heads, t, d] if save_state
+        probe: *mut f32,      // out [batch, heads, t, d] if save_state; in: the given one under option 16
+        iterations: *mut i32, // out [batch, heads, t] if diagnostics
+        relative: *mut f32,   // out [batch, heads, t] if diagnostics: |r| / |delta|
+        options: i32,         // 1 causal, 2 window, 16 probe given
+        kv_heads: i32,
+        group: i32,
+        t: i32,
+        window: i32,
+        width: i32,
+        page_size: i32,
+        splits: i32,
+        split_tiles: i32,
+        d: i32,
+        dv: i32,
+        q_batch: i64,
+        q_head: i64,
+        q_row: i32,
+        k_page: i32,
+        k_head: i64,
+        k_row: i32,
+        scale: f32,
+        ridge_batch: i32,
+        ridge_head: i32,
+        ridge_row: i32,
+        out_batch: i64,
+        out_head: i64,
+        out_row: i32,
+        tolerance2: f32, // square of the relative residual asked for
+        max_iterations: i32,
+        save_state: i32,
+        diagnostics: i32,
+    ) {
+        let pid: (i32, i32, i32) = get_tile_block_id();
+        let grid: (i32, i32, i32) = get_num_tile_blocks();
+        let i: i32 = pid.0 % t;
+        let g: i32 = pid.0 / t % group;
+        let kv: i32 = pid.0 / t / group;
+        let batch: i32 = kv / kv_heads;
+        let head: i32 = kv % kv_heads;
+        let query_head: i32 = head * group + g;
+        let length: i32 = load_integer(slice::<i32>(lengths, wide(batch)));
+        let lo: i32 = decode_first(options, length, t, i, window);
+        let hi: i32 = decode_end(options, length, t, i);
+        let tiles: i32 = ceil_div(hi, BN) - lo / BN;
+        let row: i32 = pid.0;
+        let out_at: i64 = wide(batch) * out_batch + wide(query_head) * out_head + wide(i) * wide(out_row);
+        if hi <= lo {
+            let zero: Tile<E, { [D] }> = constant(E::ZERO, const_shape![D]);
+            let zeros: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+            store_column::<E, D>(slice::<E>(out, out_at), dv, zero);
+            let empty: Tile<f32, { [1] }> = constant(f32::NEG_INFINITY, const_shape![1]);
+            store_column::<f32, 1>(slice::<f32>(lse, wide(row)), 1i32, empty);
+            if save_state != 0i32 {
+                store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, zeros);
+                if (options & 16i32) == 0i32 {
+                    store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, zeros);
+                }
+            }
+            if diagnostics != 0i32 {
+                let none: Tile<i32, { [1] }> = constant(0i32, const_shape![1]);
+                store_column::<i32, 1>(slice::<i32>(iterations, wide(row)), 1i32, none);
+                store_number(relative, wide(row), 0.0f32);
+            }
+        } else {
+            let used: i32 = ceil_div(tiles, split_tiles);
+            let parts: i32 = grid.0 * splits;
+            let mut m: f32 = -1.0e30f32;
+            for p in 0i32..used {
+                m = max(m, load_scalar(slice::<f32>(state, wide(row * splits + p) * wide(2i32))));
+            }
+            let mut l: f32 = 0.0f32;
+            let mut s: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+            let mut k_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+            let mut v_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+            for p in 0i32..used {
+                let part: i32 = row * splits + p;
+                let f: f32 = power(load_scalar(slice::<f32>(state, wide(part) * wide(2i32))) - m);
+                l = l + f * load_scalar(slice::<f32>(state, wide(part) * wide(2i32) + wide(1i32)));
+                let at: i64 = wide(part) * wide(2i32 * D);
+                let fd: Tile<f32, { [D] }> = broadcast_scalar(f, const_shape![D]);
+                k_sum = k_sum + fd * load_one::<f32, D>(sums, at, D);
+                v_sum = v_sum + fd * load_one::<f32, D>(sums, at + wide(D), D);
+                let s1: Tile<f32, { [D, D] }> =
+                    load_packed::<f32, D, D>(moments, parts * 2i32 * D, part * 2i32);
+                s = s + s1 * broadcast_scalar(f, const_shape![D, D]);
+            }
+            let inverse: f32 = 1.0f32 / l;
+            let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
+            let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
+            let page: i32 = page_of::<PAGED>(table, width, batch, lo, page_size);
+            let shift: Tile<f32, { [D] }> = load_one::<E, D>(
+                k,
+                wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
+                d,
+            );
+            let at: i64 = wide(batch) * q_batch + wide(query_head) * q_head + wide(i) * wide(q_row);
+            let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
+            let offset: Tile<f32, { [] }> = reduce_sum(query * shift, 0i32);
+            let offset: f32 = tile_to_scalar(offset);
+            let delta: Tile<f32, { [D] }> = mean - (query - shift);
+            let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
+            let mean_c: Tile<f32, { [D, 1] }> = mean.reshape(const_shape![D, 1]);
+            let mut x: Tile<f32, { [1, D] }> = constant(0.0f32, const_shape![1, D]);
+            let mut it: i32 = 0i32;
+            let mut left: f32 = 0.0f32;
+            if (options & 16i32) != 0i32 {
+                let given: Tile<f32, { [D] }> = load_one::<f32, D>(probe, wide(row) * wide(d), d);
+                x = given.reshape(const_shape![1, D]);
+            } else {
+                // Vectors are rows; the covariance is symmetric, so that a product with a column gives a row.
+                let c: Tile<f32, { [D, D] }> = s * broadcast_scalar(inverse, const_shape![D, D])
+                    - mean_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
+                let ridge_at: i32 = batch * ridge_batch + query_head * ridge_head + i * ridge_row;
+                let lambda: f32 = load_scalar(slice::<f32>(ridge, wide(ridge_at)));
+                let mut r_r: Tile<f32, { [1, D] }> = delta.reshape(const_shape![1, D]);
+                let mut d_r: Tile<f32, { [1, D] }> = r_r;
+                let rr: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
+                let mut rr: f32 = single(rr.reshape(const_shape![1, 1]));
+                let start: f32 = rr;
+                while (it < max_iterations) && (rr > tolerance2 * start) {
+                    let d_c: Tile<f32, { [D, 1] }> = d_r.reshape(const_shape![D, 1]);
+                    let c_d: Tile<f32, { [D] }> = reduce_sum(c * d_c.broadcast(const_shape![D, D]), 0i32);
+                    let c_d: Tile<f32, { [1, D] }> = c_d.reshape(const_shape![1, D]);
+                    let a_r: Tile<f32, { [1, D] }> = c_d + d_r * broadcast_scalar(lambda, const_shape![1, D]);
+                    let along: Tile<f32, { [1] }> = reduce_sum(d_r * a_r, 1i32);
+                    let step: f32 = rr / single(along.reshape(const_shape![1, 1]));
+                    x = x + d_r * broadcast_scalar(step, const_shape![1, D]);
+                    r_r = r_r - a_r * broadcast_scalar(step, const_shape![1, D]);
+                    let now: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
+                    let now: f32 = single(now.reshape(const_shape![1, 1]));
+                    let turn: f32 = now / rr;
+                    d_r = r_r + d_r * broadcast_scalar(turn, const_shape![1, D]);
+                    rr = now;
+                    it = it + 1i32;
+                }
+                if start > 0.0f32 {
+                    left = rr / start;
+                }
+                // A system that holds no numbers ends at once: its answer is no number either.
+                if start != start {
+                    x = broadcast_scalar(start, const_shape![1, D]);
+                }
+            }
+            let mut cov: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+            for p in 0i32..used {
+                let part: i32 = row * splits + p;
+                let f: f32 = power(load_scalar(slice::<f32>(state, wide(part) * wide(2i32))) - m);
+                let t1: Tile<f32, { [D, D] }> =
+                    load_packed::<f32, D, D>(moments, parts * 2i32 * D, part * 2i32 + 1i32);
+                cov = cov + t1 * broadcast_scalar(f, const_shape![D, D]);
+            }
+            let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
+            let cov: Tile<f32, { [D, D] }> = cov * broadcast_scalar(inverse, const_shape![D, D])
+                - v_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
+            let part: Tile<f32, { [D] }> = reduce_sum(cov * x.broadcast(const_shape![D, D]), 1i32);
+            let result: Tile<E, { [D] }> = convert_tile(v_mean - part);
+            store_column::<E, D>(slice::<E>(out, out_at), dv, result);
+            let log: Tile<f32, { [1, 1] }> = log2(number(l));
+            store_number(lse, wide(row), (m + single(log)) * 0.6931471805599453f32 + scale * offset);
+            if save_state != 0i32 {
+                store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, mean + shift);
+                if (options & 16i32) == 0i32 {
+                    let x: Tile<f32, { [D] }> = x.reshape(const_shape![D]);
+                    store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, x);
+                }
+            }
+            if diagnostics != 0i32 {
+                store_column::<i32, 1>(
+                    slice::<i32>(iterations, wide(row)),
+                    1i32,
+                    broadcast_scalar(it, const_shape![1]),
+                );
+                store_number(relative, wide(row), single(sqrt(number(left), rounding::NearestEven, ftz::Disabled)));
+            }
+        }
+    }
+}
