@@ -80,16 +80,17 @@ pub mod decode {
         single(exp2(number(x), ftz::Enabled))
     }
 
-    /// The unit that puts magnitudes up to `x` at 32 to 64.
+    /// The unit that puts magnitudes up to `x` at 8 to 16: 256 times as much is in fp16's range, and 2^-17 of it above the least.
     pub fn unit_for(x: f32) -> f32 {
-        single(pow2_floor::<{ [1, 1] }>(number(x))) * 0.03125f32
+        single(pow2_floor::<{ [1, 1] }>(number(x))) * 0.125f32
     }
 
     /// Moments of the keys of one split, for one query.
-    /// `PAGED` = 1: a block table says where keys are; otherwise page = sequence.
+    /// `PAGED` = 1: a block table says where keys are; otherwise page = sequence. `WIDE` = 1: f32, whose logits tensor cores would
+    /// round.
     /// Grid (batch * kv_heads * group * t, splits).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_decode_split<E: ElementType, const BN: i32, const D: i32, const PAGED: i32>(
+    pub unsafe fn lla_decode_split<E: ElementType, const BN: i32, const D: i32, const PAGED: i32, const WIDE: i32>(
         q: *mut E,         // [batch, heads, t, d], strided
         k: *mut E,         // [pages, kv_heads, page_size, d], strided
         v: *mut E,         // [pages, kv_heads, page_size, dv], strided
@@ -148,22 +149,24 @@ pub mod decode {
             let shift: Tile<f32, { [1, D] }> = shift.reshape(const_shape![1, D]);
             let shift: Tile<f32, { [BN, D] }> = shift.broadcast(const_shape![BN, D]);
             let at: i64 = wide(batch) * q_batch + wide(head * group + g) * q_head + wide(i) * wide(q_row);
-            let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
-            let query: Tile<f32, { [D] }> =
-                query * broadcast_scalar(scale * 1.4426950408889634f32, const_shape![D]);
-            let query: Tile<f32, { [1, D] }> = query.reshape(const_shape![1, D]);
-            let query: Tile<f32, { [BN, D] }> = query.broadcast(const_shape![BN, D]);
-
+            let row: Tile<E, { [D] }> = load_column::<E, D>(slice::<E>(q, at), 1i32, d);
+            let row: Tile<E, { [1, D] }> = row.reshape(const_shape![1, D]);
+            let query: Tile<E, { [16, D] }> = row.broadcast(const_shape![16, D]);
+            let row: Tile<f32, { [1, D] }> = convert_tile(row);
+            let sc: Tile<f32, { [BN] }> = broadcast_scalar(scale * 1.4426950408889634f32, const_shape![BN]);
+            let none: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
+            let never: Tile<f32, { [BN] }> = constant(-1.0e30f32, const_shape![BN]);
+            let half: Tile<f32, { [BN] }> = constant(0.5f32, const_shape![BN]);
             let mut m: f32 = -1.0e30f32;
-            let mut ku: f32 = 7.888609e-31f32;
-            let mut vu: f32 = 7.888609e-31f32;
+            let mut ku: f32 = 0.0f32;
+            let mut vu: f32 = 0.0f32;
+            let mut to_k: f32 = 0.0f32;
+            let mut to_v: f32 = 0.0f32;
             let mut l: Tile<f32, { [BN] }> = constant(0.0f32, const_shape![BN]);
             let mut s_kk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
             let mut s_vk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
             let mut s_k: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
             let mut s_v: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
-            let none: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
-            let never: Tile<f32, { [BN] }> = constant(-1.0e30f32, const_shape![BN]);
             for j in first..end {
                 let key: i32 = j * BN;
                 let page: i32 = page_of::<PAGED>(table, width, batch, key, page_size);
@@ -173,67 +176,50 @@ pub mod decode {
                 let kt: Tile<E, { [BN, D] }> = kt.reshape(const_shape![BN, D]);
                 let vt: Tile<E, { [BN, D] }> = vt.reshape(const_shape![BN, D]);
                 let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
+                let mut s: Tile<f32, { [BN] }> = never;
+                if WIDE == 1i32 {
+                    s = reduce_sum(kf * row.broadcast(const_shape![BN, D]), 1i32);
+                } else {
+                    let zero: Tile<f32, { [BN, 16] }> = constant(0.0f32, const_shape![BN, 16]);
+                    let products: Tile<f32, { [BN, 16] }> = mma(kt, query.transpose(), zero);
+                    s = reduce_max(products, 1i32);
+                }
+                s = s * sc;
                 let mut kf: Tile<f32, { [BN, D] }> = kf - shift;
                 let mut vf: Tile<f32, { [BN, D] }> = convert_tile(vt);
-                let edge: bool = (key < lo) || (key + BN > hi);
-                if edge {
-                    let index: Tile<i32, { [BN] }> = iota(const_shape![BN]);
-                    let index: Tile<i32, { [BN] }> = index + broadcast_scalar(key, const_shape![BN]);
-                    let seen: Tile<bool, { [BN] }> = ge_tile(index, broadcast_scalar(lo, const_shape![BN]))
-                        & lt_tile(index, broadcast_scalar(hi, const_shape![BN]));
-                    let seen: Tile<bool, { [BN, D] }> =
-                        seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                    kf = select(seen, kf, none);
-                    vf = select(seen, vf, none);
-                }
-                let mut s: Tile<f32, { [BN] }> = reduce_sum(kf * query, 1i32);
-                if edge {
+                if (key < lo) || (key + BN > hi) {
                     let index: Tile<i32, { [BN] }> = iota(const_shape![BN]);
                     let index: Tile<i32, { [BN] }> = index + broadcast_scalar(key, const_shape![BN]);
                     let seen: Tile<bool, { [BN] }> = ge_tile(index, broadcast_scalar(lo, const_shape![BN]))
                         & lt_tile(index, broadcast_scalar(hi, const_shape![BN]));
                     s = select(seen, s, never);
+                    let seen: Tile<bool, { [BN, D] }> =
+                        seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
+                    kf = select(seen, kf, none);
+                    vf = select(seen, vf, none);
                 }
-                let k_most: Tile<f32, { [BN] }> = reduce_max(absf(kf), 1i32);
-                let v_most: Tile<f32, { [BN] }> = reduce_max(absf(vf), 1i32);
-                // Weights up to 2^8 and numbers up to 2048 units are in fp16's range.
-                let limit: Tile<f32, { [BN] }> = constant(2048.0f32, const_shape![BN]);
-                let over: Tile<f32, { [BN] }> = max_tile(
-                    s - broadcast_scalar(m + 8.0f32, const_shape![BN]),
-                    max_tile(
-                        k_most * broadcast_scalar(1.0f32 / ku, const_shape![BN]) - limit,
-                        v_most * broadcast_scalar(1.0f32 / vu, const_shape![BN]) - limit,
-                    ),
-                );
-                let worst: Tile<f32, { [] }> = reduce_max(over, 0i32);
-                let worst: f32 = tile_to_scalar(worst);
-                if worst > 0.0f32 {
-                    let top: Tile<f32, { [] }> = reduce_max(s, 0i32);
-                    let top: f32 = tile_to_scalar(top);
-                    let k_top: Tile<f32, { [] }> = reduce_max(k_most, 0i32);
-                    let k_top: f32 = tile_to_scalar(k_top);
-                    let v_top: Tile<f32, { [] }> = reduce_max(v_most, 0i32);
-                    let v_top: f32 = tile_to_scalar(v_top);
-                    let new_m: f32 = max(m, top);
-                    let new_ku: f32 = max(ku, unit_for(k_top));
-                    let new_vu: f32 = max(vu, unit_for(v_top));
-                    let f: f32 = power(m - new_m);
-                    let fk: f32 = ku / new_ku;
-                    let fv: f32 = vu / new_vu;
+                let top: Tile<f32, { [] }> = reduce_max(s, 0i32);
+                let top: f32 = tile_to_scalar(top);
+                // Weights stay below 2^8, so that few tiles move the maximum.
+                if top > m + 8.0f32 {
+                    if ku == 0.0f32 {
+                        ku = unit_for(max(largest::<BN, D>(kf), 0.0625f32 * largest::<BN, D>(shift)));
+                        vu = unit_for(largest::<BN, D>(vf));
+                        to_k = 1.0f32 / ku;
+                        to_v = 1.0f32 / vu;
+                    }
+                    let f: f32 = power(m - top);
                     l = l * broadcast_scalar(f, const_shape![BN]);
-                    s_kk = s_kk * broadcast_scalar(f * fk * fk, const_shape![D, D]);
-                    s_vk = s_vk * broadcast_scalar(f * fv * fk, const_shape![D, D]);
-                    s_k = s_k * broadcast_scalar(f * fk, const_shape![D, 16]);
-                    s_v = s_v * broadcast_scalar(f * fv, const_shape![D, 16]);
-                    m = new_m;
-                    ku = new_ku;
-                    vu = new_vu;
+                    s_kk = s_kk * broadcast_scalar(f, const_shape![D, D]);
+                    s_vk = s_vk * broadcast_scalar(f, const_shape![D, D]);
+                    s_k = s_k * broadcast_scalar(f, const_shape![D, 16]);
+                    s_v = s_v * broadcast_scalar(f, const_shape![D, 16]);
+                    m = top;
                 }
-                let half: Tile<f32, { [BN] }> = constant(0.5f32, const_shape![BN]);
                 let root: Tile<f32, { [BN] }> =
                     exp2((s - broadcast_scalar(m, const_shape![BN])) * half, ftz::Enabled);
-                let of_k: Tile<f32, { [BN] }> = root * broadcast_scalar(1.0f32 / ku, const_shape![BN]);
-                let of_v: Tile<f32, { [BN] }> = root * broadcast_scalar(1.0f32 / vu, const_shape![BN]);
+                let of_k: Tile<f32, { [BN] }> = root * broadcast_scalar(to_k, const_shape![BN]);
+                let of_v: Tile<f32, { [BN] }> = root * broadcast_scalar(to_v, const_shape![BN]);
                 let of_k: Tile<f32, { [BN, D] }> =
                     of_k.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
                 let of_v: Tile<f32, { [BN, D] }> =
@@ -391,8 +377,6 @@ pub mod decode {
             );
             let at: i64 = wide(batch) * q_batch + wide(query_head) * q_head + wide(i) * wide(q_row);
             let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
-            let offset: Tile<f32, { [] }> = reduce_sum(query * shift, 0i32);
-            let offset: f32 = tile_to_scalar(offset);
             let delta: Tile<f32, { [D] }> = mean - (query - shift);
             let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
             let mean_c: Tile<f32, { [D, 1] }> = mean.reshape(const_shape![D, 1]);
@@ -452,7 +436,7 @@ pub mod decode {
             let result: Tile<E, { [D] }> = convert_tile(v_mean - part);
             store_column::<E, D>(slice::<E>(out, out_at), dv, result);
             let log: Tile<f32, { [1, 1] }> = log2(number(l));
-            store_number(lse, wide(row), (m + single(log)) * 0.6931471805599453f32 + scale * offset);
+            store_number(lse, wide(row), (m + single(log)) * 0.6931471805599453f32);
             if save_state != 0i32 {
                 store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, mean + shift);
                 if (options & 16i32) == 0i32 {

@@ -142,12 +142,16 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
 /// The keys of a tile are named `bn`; there are no query rows.
 fn decode(entry: &'static str, dtype: &'static str, d: i32, paged: bool, other: Option<Tiles>) -> Variant {
     let (_, bn, warps, occupancy) = other.unwrap_or_else(|| tiles(entry, d));
+    let mut generics = vec![dtype.into(), bn.to_string(), d.to_string(), u8::from(paged).to_string()];
+    if entry == "lla_decode_split" {
+        generics.push(u8::from(dtype == "f32").to_string());
+    }
     Variant {
         name: format!("{entry}_{dtype}_n{bn}_d{d}_p{}", u8::from(paged)),
         entry,
         module: "decode",
         ast: crate::decode::decode::__module_ast_self,
-        generics: vec![dtype.into(), bn.to_string(), d.to_string(), u8::from(paged).to_string()],
+        generics,
         dtype,
         bm: 0,
         bn,
