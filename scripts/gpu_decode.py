@@ -50,12 +50,13 @@ class Decode:
         most = -(-int(lengths.max()) // bn) + 1
         tiles = min(tiles, most if window is None else -(-window // bn) + 1)
         step = split_tiles or plan(rows, tiles)
+        step = max(step, -(-tiles // 64))
         splits = max(1, -(-tiles // step))
         self.out, self.lse = torch.empty(batch, heads, t, dv, device=dev, dtype=q.dtype), torch.empty(batch, heads, t, device=dev)
         self.probe = given if given is not None else torch.empty(batch, heads, t, d, device=dev)
         self.key_mean = torch.empty(batch, heads, t, d, device=dev)
         self.iterations, self.relative = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty(rows, device=dev)
-        moments, sums = torch.empty(rows, splits, 2 * pad, pad, device=dev), torch.empty(rows, splits, 2, pad, device=dev)
+        moments = torch.empty(rows * splits + 16, 2 * pad + 2, pad, device=dev)
         parts = torch.empty(rows, splits, 2, device=dev)
         lam = ridge if torch.is_tensor(ridge) else torch.full((batch, heads, t), float(ridge), device=dev)
         options = int(causal) + 2 * (window is not None) + 16 * (given is not None)
@@ -65,19 +66,23 @@ class Decode:
         rowed = lambda x: [i64(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         self.split = (split, "lla_decode_split", (rows, splits),
-                      [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(sums), ptr(parts), i32(options)] + where
+                      [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where
                       + [i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [f32(scale)])
+        self.fold = (variant(kernels, "lla_decode_fold", q.dtype, pad, table is not None, page_size)[0], "lla_decode_fold", (rows, pad + 1),
+                     [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where[:4] + [i32(splits), i32(step)])
         self.merge = (merge, "lla_decode_merge", (rows,),
-                      [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(sums), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
+                      [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
                        ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options)] + where
                       + [i32(page_size), i32(splits), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k)
                       + [f32(scale), i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
                       + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
         self.splits = splits
-        self.keep = (q, k, v, table, lengths, moments, sums, parts, lam)
+        self.keep = (q, k, v, table, lengths, moments, parts, lam)
 
     def __call__(self):
         self.kernels(*self.split)
+        if self.splits > 1:
+            self.kernels(*self.fold)
         self.kernels(*self.merge)
         return self
 
@@ -201,7 +206,7 @@ def copy_rate():
 
 def timings(kernels, quick=False):
     rate = copy_rate()
-    print(f"\ndevice copy {rate / 1e12:.2f} TB/s (read and written); milliseconds\n| B, KV heads, D, group, context | decode | split, merge | share of copy rate | SDPA | ratio | error |")
+    print(f"\ndevice copy {rate / 1e12:.2f} TB/s (read and written); milliseconds\n| B, KV heads, D, group, context | decode | split, fold, merge | share of copy rate | SDPA | ratio | error |")
     print("|---|---|---|---|---|---|---|")
     shapes = []
     for d in (64, 128):
@@ -227,7 +232,7 @@ def timings(kernels, quick=False):
         few = slice(0, 1), slice(0, group)
         want, _ = reference(q[few], k[few[0], :1], v[few[0], :1], lengths, 1.0)
         bytes_ = k.numel() * 4
-        print(f"| {batch}, 8, {d}, {group}, {m} | {ms:.4f} | {parts[0][1]:.4f} / {parts[1][1]:.4f} ({run.splits} splits, {run.iterations.float().mean():.1f} steps) "
+        print(f"| {batch}, 8, {d}, {group}, {m} | {ms:.4f} | {" / ".join(f"{ms:.4f}" for _, ms in parts)} ({run.splits} splits, {run.iterations.float().mean():.1f} steps) "
               f"| {bytes_ / ms * 1e3 / rate:.2f} | {sdpa:.4f} | {ms / sdpa:.2f} | {error(run.out[few], want):.1e} |", flush=True)
         del run, k, v
 

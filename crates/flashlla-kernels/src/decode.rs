@@ -85,6 +85,65 @@ pub mod decode {
         single(pow2_floor::<{ [1, 1] }>(number(x))) * 0.125f32
     }
 
+    /// The largest finite magnitude of a row.
+    pub fn largest_of<const D: i32>(x: Tile<f32, { [D] }>) -> f32 {
+        let x: Tile<f32, { [1, D] }> = x.reshape(const_shape![1, D]);
+        largest::<1, D>(x)
+    }
+
+    /// Square tile `which` (0: S, 1: T) of a part.
+    pub unsafe fn store_square<const D: i32>(moments: *mut f32, part: i32, which: i32, x: Tile<f32, { [D, D] }>) {
+        let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
+        let at: i64 = assume_div_by::<_, 8>(at);
+        let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
+        let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
+        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
+        let view: Tensor<f32, { [D, D] }> = make_tensor_view(ptr, shape, strides, new_token_unordered());
+        let part: PartitionMut<f32, { [D, D] }> = view.partition_full_mut(const_shape![D, D]);
+        let _token: Token = store_view_raw(
+            &part,
+            x,
+            [0i32, 0i32],
+            Some(new_token_unordered()),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+        );
+    }
+
+    /// The same, read.
+    pub unsafe fn load_square<const D: i32>(moments: *mut f32, part: i32, which: i32) -> Tile<f32, { [D, D] }> {
+        let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
+        let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
+        let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
+        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
+        let view: Tensor<f32, { [D, D] }> = make_tensor_view(ptr, shape, strides, new_token_unordered());
+        let part: Partition<f32, { [D, D] }> = view.partition(const_shape![D, D]);
+        let (tile, _token): (Tile<f32, { [D, D] }>, Token) = load_view_raw(
+            &part,
+            [0i32, 0i32],
+            Some(new_token_unordered()),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+            const_shape![D, D],
+        );
+        tile
+    }
+
+    /// Largest logits of up to 64 parts of a query, far below any where there is no part.
+    pub unsafe fn part_logits(state: *mut f32, first: i32, used: i32) -> Tile<f32, { [64] }> {
+        let m: Tile<f32, { [64] }> = load_column::<f32, 64>(slice::<f32>(state, wide(first) * wide(2i32)), 2i32, used);
+        let there: Tile<i32, { [64] }> = iota(const_shape![64]);
+        let there: Tile<bool, { [64] }> = lt_tile(there, broadcast_scalar(used, const_shape![64]));
+        let never: Tile<f32, { [64] }> = constant(-1.0e30f32, const_shape![64]);
+        select(there, m, never)
+    }
+
     /// Moments of the keys of one split, for one query.
     /// `PAGED` = 1: a block table says where keys are; otherwise page = sequence. `WIDE` = 1: f32, whose logits tensor cores would
     /// round.
@@ -96,8 +155,7 @@ pub mod decode {
         v: *mut E,         // [pages, kv_heads, page_size, dv], strided
         table: *mut i32,   // [batch, width]; PAGED only
         lengths: *mut i32, // [batch]
-        moments: *mut f32, // out [rows, splits, 2 D, D]: S over T
-        sums: *mut f32,    // out [rows, splits, 2, D]: of keys, of values
+        moments: *mut f32, // out [rows, splits, 2 D + 2, D]: S, T, sum of keys, sum of values
         state: *mut f32,   // out [rows, splits, 2]: largest logit (base 2), sum of weights
         options: i32,      // 1 causal, 2 window
         kv_heads: i32,
@@ -141,12 +199,12 @@ pub mod decode {
                 pool::<E>(v, wide(head) * v_head, pages, page_size, dv, v_page, v_row);
             let vp: Partition<E, { [1, BN, D] }> = vv0.partition(const_shape![1, BN, D]);
             let page: i32 = page_of::<PAGED>(table, width, batch, lo, page_size);
-            let shift: Tile<f32, { [D] }> = load_one::<E, D>(
+            let first_key: Tile<f32, { [D] }> = load_one::<E, D>(
                 k,
                 wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
                 d,
             );
-            let shift: Tile<f32, { [1, D] }> = shift.reshape(const_shape![1, D]);
+            let shift: Tile<f32, { [1, D] }> = first_key.reshape(const_shape![1, D]);
             let shift: Tile<f32, { [BN, D] }> = shift.broadcast(const_shape![BN, D]);
             let at: i64 = wide(batch) * q_batch + wide(head * group + g) * q_head + wide(i) * wide(q_row);
             let row: Tile<E, { [D] }> = load_column::<E, D>(slice::<E>(q, at), 1i32, d);
@@ -158,10 +216,34 @@ pub mod decode {
             let never: Tile<f32, { [BN] }> = constant(-1.0e30f32, const_shape![BN]);
             let half: Tile<f32, { [BN] }> = constant(0.5f32, const_shape![BN]);
             let mut m: f32 = -1.0e30f32;
-            let mut ku: f32 = 0.0f32;
-            let mut vu: f32 = 0.0f32;
-            let mut to_k: f32 = 0.0f32;
-            let mut to_v: f32 = 0.0f32;
+            // Units from three of the split's keys and values; where others are too large for them, all are looked at.
+            let a: i32 = max(lo, first * BN);
+            let c: i32 = min(hi, end * BN) - 1i32;
+            let b: i32 = a + (c - a) / 2i32;
+            let mut k_most: f32 = 0.0625f32 * largest_of::<D>(first_key);
+            let mut v_most: f32 = 0.0f32;
+            for n in 0i32..3i32 {
+                let mut key: i32 = b;
+                if n == 0i32 {
+                    key = a;
+                }
+                if n == 2i32 {
+                    key = c;
+                }
+                let page: i32 = page_of::<PAGED>(table, width, batch, key, page_size);
+                let slot: i32 = key % page_size;
+                let at: i64 = wide(page) * wide(k_page) + wide(head) * k_head + wide(slot) * wide(k_row);
+                let x: Tile<f32, { [D] }> = load_one::<E, D>(k, at, d);
+                let x: Tile<f32, { [D] }> = x - first_key;
+                k_most = max(k_most, largest_of::<D>(x));
+                let at: i64 = wide(page) * wide(v_page) + wide(head) * v_head + wide(slot) * wide(v_row);
+                let x: Tile<f32, { [D] }> = load_one::<E, D>(v, at, dv);
+                v_most = max(v_most, largest_of::<D>(x));
+            }
+            let ku: f32 = unit_for(k_most);
+            let vu: f32 = unit_for(v_most);
+            let to_k: f32 = 1.0f32 / ku;
+            let to_v: f32 = 1.0f32 / vu;
             let mut l: Tile<f32, { [BN] }> = constant(0.0f32, const_shape![BN]);
             let mut s_kk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
             let mut s_vk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
@@ -202,12 +284,6 @@ pub mod decode {
                 let top: f32 = tile_to_scalar(top);
                 // Weights stay below 2^8, so that few tiles move the maximum.
                 if top > m + 8.0f32 {
-                    if ku == 0.0f32 {
-                        ku = unit_for(max(largest::<BN, D>(kf), 0.0625f32 * largest::<BN, D>(shift)));
-                        vu = unit_for(largest::<BN, D>(vf));
-                        to_k = 1.0f32 / ku;
-                        to_v = 1.0f32 / vu;
-                    }
                     let f: f32 = power(m - top);
                     l = l * broadcast_scalar(f, const_shape![BN]);
                     s_kk = s_kk * broadcast_scalar(f, const_shape![D, D]);
@@ -238,26 +314,15 @@ pub mod decode {
                 s_v = mma(xv.transpose(), x1, s_v);
             }
             let part: i32 = pid.0 * grid.1 + pid.1;
-            let parts: i32 = grid.0 * grid.1;
-            store_packed::<f32, D, D>(
-                moments,
-                parts * 2i32 * D,
-                part * 2i32,
-                s_kk * broadcast_scalar(ku * ku, const_shape![D, D]),
-            );
-            store_packed::<f32, D, D>(
-                moments,
-                parts * 2i32 * D,
-                part * 2i32 + 1i32,
-                s_vk * broadcast_scalar(vu * ku, const_shape![D, D]),
-            );
+            store_square::<D>(moments, part, 0i32, s_kk * broadcast_scalar(ku * ku, const_shape![D, D]));
+            store_square::<D>(moments, part, 1i32, s_vk * broadcast_scalar(vu * ku, const_shape![D, D]));
             let k_sum: Tile<f32, { [D] }> = reduce_max(s_k, 1i32);
             let v_sum: Tile<f32, { [D] }> = reduce_max(s_v, 1i32);
-            let at: i64 = wide(part) * wide(2i32 * D);
+            let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
             let k_sum: Tile<f32, { [D] }> = k_sum * broadcast_scalar(ku * 0.015625f32, const_shape![D]);
             let v_sum: Tile<f32, { [D] }> = v_sum * broadcast_scalar(vu * 0.015625f32, const_shape![D]);
-            store_column::<f32, D>(slice::<f32>(sums, at), D, k_sum);
-            store_column::<f32, D>(slice::<f32>(sums, at + wide(D)), D, v_sum);
+            store_column::<f32, D>(slice::<f32>(moments, at), D, k_sum);
+            store_column::<f32, D>(slice::<f32>(moments, at + wide(D)), D, v_sum);
             let l: Tile<f32, { [] }> = reduce_sum(l, 0i32);
             let l: f32 = tile_to_scalar(l);
             store_number(state, wide(part) * wide(2i32), m);
@@ -265,7 +330,68 @@ pub mod decode {
         }
     }
 
-    /// Merges the splits of one query in their order, solves, and writes the output.
+    /// Folds the parts of one query (up to 64) into the first, in a fixed order.
+    /// Grid (batch * kv_heads * group * t, D + 1).
+    #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
+    pub unsafe fn lla_decode_fold<const BN: i32, const D: i32, const W: i32>(
+        lengths: *mut i32,
+        moments: *mut f32, // [rows, splits, 2 D + 2, D], and memory for 16 more parts behind
+        state: *mut f32,
+        options: i32,
+        kv_heads: i32,
+        group: i32,
+        t: i32,
+        window: i32,
+        splits: i32,
+        split_tiles: i32,
+    ) {
+        let pid: (i32, i32, i32) = get_tile_block_id();
+        let i: i32 = pid.0 % t;
+        let batch: i32 = pid.0 / t / group / kv_heads;
+        let length: i32 = load_integer(slice::<i32>(lengths, wide(batch)));
+        let lo: i32 = decode_first(options, length, t, i, window);
+        let hi: i32 = decode_end(options, length, t, i);
+        let used: i32 = ceil_div(ceil_div(hi, BN) - lo / BN, split_tiles);
+        if used > 1i32 {
+            let all: Tile<f32, { [] }> = reduce_max(part_logits(state, pid.0 * splits, used), 0i32);
+            let m: f32 = tile_to_scalar(all);
+            let mut sum: Tile<f32, { [W] }> = constant(0.0f32, const_shape![W]);
+            let at: i64 = wide(pid.0 * splits) * wide(2i32 * D * D + 2i32 * D) + wide(pid.1 * W);
+            let base: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
+            let shape: Shape<{ [-1, W] }> = Shape::<{ [-1, W] }> { dims: &[64i32] };
+            let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[2i32 * D * D + 2i32 * D] };
+            let view: Tensor<f32, { [-1, W] }> = make_tensor_view(base, shape, strides, new_token_unordered());
+            let view: Partition<f32, { [16, W] }> = view.partition(const_shape![16, W]);
+            let nothing: Tile<f32, { [16, W] }> = constant(0.0f32, const_shape![16, W]);
+            for c in 0i32..ceil_div(used, 16i32) {
+                let (x, _token): (Tile<f32, { [16, W] }>, Token) = load_view_raw(
+                    &view,
+                    [c, 0i32],
+                    Some(new_token_unordered()),
+                    ordering::Weak,
+                    scope::TileBlock,
+                    tma::Disabled,
+                    None,
+                    [true, true],
+                    const_shape![16, W],
+                );
+                let at: i64 = wide(pid.0 * splits + c * 16i32) * wide(2i32);
+                let of: Tile<f32, { [16] }> = load_column::<f32, 16>(slice::<f32>(state, at), 2i32, used - c * 16i32);
+                let f: Tile<f32, { [16] }> = exp2(of - broadcast_scalar(m, const_shape![16]), ftz::Enabled);
+                let there: Tile<i32, { [16] }> = iota(const_shape![16]);
+                let there: Tile<bool, { [16] }> =
+                    lt_tile(there, broadcast_scalar(used - c * 16i32, const_shape![16]));
+                let there: Tile<bool, { [16, W] }> =
+                    there.reshape(const_shape![16, 1]).broadcast(const_shape![16, W]);
+                let f: Tile<f32, { [16, W] }> = f.reshape(const_shape![16, 1]).broadcast(const_shape![16, W]);
+                let part: Tile<f32, { [W] }> = reduce_sum(select(there, x * f, nothing), 0i32);
+                sum = sum + part;
+            }
+            store_column::<f32, W>(base, W, sum);
+        }
+    }
+
+    /// Solves for one query and writes its output, from its folded parts.
     /// Grid (batch * kv_heads * group * t).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
     pub unsafe fn lla_decode_merge<E: ElementType, const BN: i32, const D: i32, const PAGED: i32>(
@@ -274,7 +400,6 @@ pub mod decode {
         table: *mut i32,
         lengths: *mut i32,
         moments: *mut f32,
-        sums: *mut f32,
         state: *mut f32,
         ridge: *mut f32,      // [batch, heads, t], strided
         out: *mut E,          // out [batch, heads, t, dv], strided
@@ -313,7 +438,6 @@ pub mod decode {
         diagnostics: i32,
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
-        let grid: (i32, i32, i32) = get_num_tile_blocks();
         let i: i32 = pid.0 % t;
         let g: i32 = pid.0 / t % group;
         let kv: i32 = pid.0 / t / group;
@@ -345,27 +469,18 @@ pub mod decode {
             }
         } else {
             let used: i32 = ceil_div(tiles, split_tiles);
-            let parts: i32 = grid.0 * splits;
-            let mut m: f32 = -1.0e30f32;
-            for p in 0i32..used {
-                m = max(m, load_scalar(slice::<f32>(state, wide(row * splits + p) * wide(2i32))));
-            }
-            let mut l: f32 = 0.0f32;
-            let mut s: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-            let mut k_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-            let mut v_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-            for p in 0i32..used {
-                let part: i32 = row * splits + p;
-                let f: f32 = power(load_scalar(slice::<f32>(state, wide(part) * wide(2i32))) - m);
-                l = l + f * load_scalar(slice::<f32>(state, wide(part) * wide(2i32) + wide(1i32)));
-                let at: i64 = wide(part) * wide(2i32 * D);
-                let fd: Tile<f32, { [D] }> = broadcast_scalar(f, const_shape![D]);
-                k_sum = k_sum + fd * load_one::<f32, D>(sums, at, D);
-                v_sum = v_sum + fd * load_one::<f32, D>(sums, at + wide(D), D);
-                let s1: Tile<f32, { [D, D] }> =
-                    load_packed::<f32, D, D>(moments, parts * 2i32 * D, part * 2i32);
-                s = s + s1 * broadcast_scalar(f, const_shape![D, D]);
-            }
+            let logits: Tile<f32, { [64] }> = part_logits(state, row * splits, used);
+            let all: Tile<f32, { [] }> = reduce_max(logits, 0i32);
+            let m: f32 = tile_to_scalar(all);
+            let weights: Tile<f32, { [64] }> =
+                load_column::<f32, 64>(slice::<f32>(state, wide(row * splits) * wide(2i32) + wide(1i32)), 2i32, used);
+            let f: Tile<f32, { [64] }> = exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
+            let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
+            let l: f32 = tile_to_scalar(all);
+            let s: Tile<f32, { [D, D] }> = load_square::<D>(moments, row * splits, 0i32);
+            let at: i64 = wide(row * splits) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
+            let k_sum: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at, D);
+            let v_sum: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at + wide(D), D);
             let inverse: f32 = 1.0f32 / l;
             let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
             let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
@@ -421,14 +536,7 @@ pub mod decode {
                     x = broadcast_scalar(start, const_shape![1, D]);
                 }
             }
-            let mut cov: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-            for p in 0i32..used {
-                let part: i32 = row * splits + p;
-                let f: f32 = power(load_scalar(slice::<f32>(state, wide(part) * wide(2i32))) - m);
-                let t1: Tile<f32, { [D, D] }> =
-                    load_packed::<f32, D, D>(moments, parts * 2i32 * D, part * 2i32 + 1i32);
-                cov = cov + t1 * broadcast_scalar(f, const_shape![D, D]);
-            }
+            let cov: Tile<f32, { [D, D] }> = load_square::<D>(moments, row * splits, 1i32);
             let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
             let cov: Tile<f32, { [D, D] }> = cov * broadcast_scalar(inverse, const_shape![D, D])
                 - v_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);

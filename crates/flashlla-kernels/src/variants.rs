@@ -89,7 +89,7 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 occupancy: 1,
                 tensor: false,
             });
-            for entry in ["lla_decode_split", "lla_decode_merge"] {
+            for entry in ["lla_decode_split", "lla_decode_merge", "lla_decode_fold"] {
                 for paged in [false, true] {
                     list.push(decode(entry, dtype, d, paged, other));
                 }
@@ -145,6 +145,9 @@ fn decode(entry: &'static str, dtype: &'static str, d: i32, paged: bool, other: 
     let mut generics = vec![dtype.into(), bn.to_string(), d.to_string(), u8::from(paged).to_string()];
     if entry == "lla_decode_split" {
         generics.push(u8::from(dtype == "f32").to_string());
+    }
+    if entry == "lla_decode_fold" {
+        generics = vec![bn.to_string(), d.to_string(), (2 * d).to_string()];
     }
     Variant {
         name: format!("{entry}_{dtype}_n{bn}_d{d}_p{}", u8::from(paged)),
