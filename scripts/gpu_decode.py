@@ -13,7 +13,7 @@ import torch
 
 from gpu_kernels import NAMES, Kernels, aligned, error, f32, graph_ms, i32, i64, ptr
 
-BLOCKS = 264  # two tile blocks for every SM of an H100
+BLOCKS = {64: 264, 128: 132}  # tile blocks that an H100 runs at a time
 failures = 0
 
 
@@ -29,9 +29,9 @@ def variant(kernels, entry, dtype, d, paged, page_size):
     return max(found)[::-1]
 
 
-def plan(rows, tiles, wanted=BLOCKS):
-    """Key tiles of a split: as many splits as fill the device, of 8 tiles or more."""
-    return max(8, -(-tiles // max(1, wanted // rows))) if tiles > 8 else 8
+def plan(rows, tiles, wanted):
+    """Key tiles of a split: as many splits as fill the device, of 2 tiles or more, and no more than 64."""
+    return max(2, -(-tiles // max(1, wanted // rows)), -(-tiles // 64))
 
 
 class Decode:
@@ -44,13 +44,12 @@ class Decode:
         pad, dev = (64 if max(d, dv) <= 64 else 128), q.device
         assert aligned(k) and aligned(v)
         split, bn = variant(kernels, "lla_decode_split", q.dtype, pad, table is not None, page_size)
-        merge, _ = variant(kernels, "lla_decode_merge", q.dtype, pad, table is not None, page_size)
         rows = batch * heads * t
         tiles = -(-page_size * (1 if table is None else table.shape[1]) // bn)
         most = -(-int(lengths.max()) // bn) + 1
         tiles = min(tiles, most if window is None else -(-window // bn) + 1)
-        step = split_tiles or plan(rows, tiles)
-        step = max(step, -(-tiles // 64))
+        step = split_tiles or plan(rows, tiles, BLOCKS[pad])
+        assert -(-tiles // step) <= 64
         splits = max(1, -(-tiles // step))
         self.out, self.lse = torch.empty(batch, heads, t, dv, device=dev, dtype=q.dtype), torch.empty(batch, heads, t, device=dev)
         self.probe = given if given is not None else torch.empty(batch, heads, t, d, device=dev)
@@ -68,12 +67,12 @@ class Decode:
         self.split = (split, "lla_decode_split", (rows, splits),
                       [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where
                       + [i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [f32(scale)])
-        self.fold = (variant(kernels, "lla_decode_fold", q.dtype, pad, table is not None, page_size)[0], "lla_decode_fold", (rows, pad + 1),
-                     [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where[:4] + [i32(splits), i32(step)])
-        self.merge = (merge, "lla_decode_merge", (rows,),
+        self.fold = (f"lla_decode_fold_d{pad}", "lla_decode_fold", (rows, pad + 1),
+                     [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where[:4] + [i32(splits), i32(step * bn), i32(bn)])
+        self.merge = (f"lla_decode_merge_{NAMES[q.dtype]}_d{pad}", "lla_decode_merge", (rows,),
                       [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
-                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options)] + where
-                      + [i32(page_size), i32(splits), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k)
+                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options + 64 * (table is not None))] + where
+                      + [i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
                       + [f32(scale), i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
                       + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
         self.splits = splits

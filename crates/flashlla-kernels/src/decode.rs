@@ -29,7 +29,13 @@ pub mod decode {
     }
 
     /// The page that holds key `key` of a sequence.
-    pub unsafe fn page_of<const PAGED: i32>(table: *mut i32, width: i32, batch: i32, key: i32, page_size: i32) -> i32 {
+    pub unsafe fn page_of<const PAGED: i32>(
+        table: *mut i32,
+        width: i32,
+        batch: i32,
+        key: i32,
+        page_size: i32,
+    ) -> i32 {
         let mut page: i32 = batch;
         if PAGED == 1i32 {
             page = load_integer(slice::<i32>(table, wide(batch) * wide(width) + wide(key / page_size)));
@@ -38,7 +44,11 @@ pub mod decode {
     }
 
     /// A row of up to `D` numbers.
-    pub unsafe fn load_one<E: ElementType, const D: i32>(ptr: *mut E, at: i64, cols: i32) -> Tile<f32, { [D] }> {
+    pub unsafe fn load_one<E: ElementType, const D: i32>(
+        ptr: *mut E,
+        at: i64,
+        cols: i32,
+    ) -> Tile<f32, { [D] }> {
         let x: Tile<E, { [D] }> = load_column::<E, D>(slice::<E>(ptr, at), 1i32, cols);
         convert_tile(x)
     }
@@ -85,14 +95,53 @@ pub mod decode {
         single(pow2_floor::<{ [1, 1] }>(number(x))) * 0.125f32
     }
 
-    /// The largest finite magnitude of a row.
-    pub fn largest_of<const D: i32>(x: Tile<f32, { [D] }>) -> f32 {
-        let x: Tile<f32, { [1, D] }> = x.reshape(const_shape![1, D]);
-        largest::<1, D>(x)
+    /// Which of `BN` keys from `first` lie in `lo..hi`.
+    pub fn between<const BN: i32>(first: i32, lo: i32, hi: i32) -> Tile<bool, { [BN] }> {
+        let index: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+        let index: Tile<i32, { [BN] }> = index + broadcast_scalar(first, const_shape![BN]);
+        ge_tile(index, broadcast_scalar(lo, const_shape![BN]))
+            & lt_tile(index, broadcast_scalar(hi, const_shape![BN]))
+    }
+
+    /// Four of `rows` rows, evenly apart, zero past `cols`.
+    pub unsafe fn sample<E: ElementType, const D: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        stride: i32,
+        rows: i32,
+        cols: i32,
+    ) -> Tile<f32, { [4, D] }> {
+        let row: Tile<i32, { [4] }> = iota(const_shape![4]);
+        let row: Tile<i32, { [4] }> = row * broadcast_scalar(rows, const_shape![4]);
+        let row: Tile<i32, { [4] }> = row / constant(4i32, const_shape![4]);
+        let row: Tile<i32, { [4] }> = row * broadcast_scalar(stride, const_shape![4]);
+        let row: Tile<i32, { [4, D] }> = row.reshape(const_shape![4, 1]).broadcast(const_shape![4, D]);
+        let col: Tile<i32, { [D] }> = iota(const_shape![D]);
+        let col: Tile<i32, { [4, D] }> = col.reshape(const_shape![1, D]).broadcast(const_shape![4, D]);
+        let mask: Tile<bool, { [4, D] }> = lt_tile(col, broadcast_scalar(cols, const_shape![4, D]));
+        let one: PointerTile<*mut E, { [1, 1] }> = base.reshape(const_shape![1, 1]);
+        let all: PointerTile<*mut E, { [4, D] }> = one.broadcast(const_shape![4, D]);
+        let ptrs: PointerTile<*mut E, { [4, D] }> = all.offset_tile(row + col);
+        let zero: Tile<E, { [4, D] }> = constant(E::ZERO, const_shape![4, D]);
+        let (x, _tok): (Tile<E, { [4, D] }>, Token) = load_ptr_tko(
+            ptrs,
+            ordering::Weak,
+            None::<scope::TileBlock>,
+            Some(mask),
+            None,
+            None,
+            Latency::<0>,
+        );
+        let x: Tile<E, { [4, D] }> = select(mask, x, zero);
+        convert_tile(x)
     }
 
     /// Square tile `which` (0: S, 1: T) of a part.
-    pub unsafe fn store_square<const D: i32>(moments: *mut f32, part: i32, which: i32, x: Tile<f32, { [D, D] }>) {
+    pub unsafe fn store_square<const D: i32>(
+        moments: *mut f32,
+        part: i32,
+        which: i32,
+        x: Tile<f32, { [D, D] }>,
+    ) {
         let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
         let at: i64 = assume_div_by::<_, 8>(at);
         let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
@@ -114,7 +163,11 @@ pub mod decode {
     }
 
     /// The same, read.
-    pub unsafe fn load_square<const D: i32>(moments: *mut f32, part: i32, which: i32) -> Tile<f32, { [D, D] }> {
+    pub unsafe fn load_square<const D: i32>(
+        moments: *mut f32,
+        part: i32,
+        which: i32,
+    ) -> Tile<f32, { [D, D] }> {
         let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
         let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
         let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
@@ -137,7 +190,8 @@ pub mod decode {
 
     /// Largest logits of up to 64 parts of a query, far below any where there is no part.
     pub unsafe fn part_logits(state: *mut f32, first: i32, used: i32) -> Tile<f32, { [64] }> {
-        let m: Tile<f32, { [64] }> = load_column::<f32, 64>(slice::<f32>(state, wide(first) * wide(2i32)), 2i32, used);
+        let m: Tile<f32, { [64] }> =
+            load_column::<f32, 64>(slice::<f32>(state, wide(first) * wide(2i32)), 2i32, used);
         let there: Tile<i32, { [64] }> = iota(const_shape![64]);
         let there: Tile<bool, { [64] }> = lt_tile(there, broadcast_scalar(used, const_shape![64]));
         let never: Tile<f32, { [64] }> = constant(-1.0e30f32, const_shape![64]);
@@ -149,7 +203,13 @@ pub mod decode {
     /// round.
     /// Grid (batch * kv_heads * group * t, splits).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_decode_split<E: ElementType, const BN: i32, const D: i32, const PAGED: i32, const WIDE: i32>(
+    pub unsafe fn lla_decode_split<
+        E: ElementType,
+        const BN: i32,
+        const D: i32,
+        const PAGED: i32,
+        const WIDE: i32,
+    >(
         q: *mut E,         // [batch, heads, t, d], strided
         k: *mut E,         // [pages, kv_heads, page_size, d], strided
         v: *mut E,         // [pages, kv_heads, page_size, dv], strided
@@ -164,7 +224,7 @@ pub mod decode {
         window: i32,
         width: i32,
         pages: i32,
-        page_size: i32, // a multiple of BN, or width 1
+        page_size: i32,   // a multiple of BN, or width 1
         split_tiles: i32, // key tiles of a split
         d: i32,
         dv: i32,
@@ -216,30 +276,18 @@ pub mod decode {
             let never: Tile<f32, { [BN] }> = constant(-1.0e30f32, const_shape![BN]);
             let half: Tile<f32, { [BN] }> = constant(0.5f32, const_shape![BN]);
             let mut m: f32 = -1.0e30f32;
-            // Units from three of the split's keys and values; where others are too large for them, all are looked at.
+            // Units from four of the split's keys and values, which lie in one page.
             let a: i32 = max(lo, first * BN);
-            let c: i32 = min(hi, end * BN) - 1i32;
-            let b: i32 = a + (c - a) / 2i32;
-            let mut k_most: f32 = 0.0625f32 * largest_of::<D>(first_key);
-            let mut v_most: f32 = 0.0f32;
-            for n in 0i32..3i32 {
-                let mut key: i32 = b;
-                if n == 0i32 {
-                    key = a;
-                }
-                if n == 2i32 {
-                    key = c;
-                }
-                let page: i32 = page_of::<PAGED>(table, width, batch, key, page_size);
-                let slot: i32 = key % page_size;
-                let at: i64 = wide(page) * wide(k_page) + wide(head) * k_head + wide(slot) * wide(k_row);
-                let x: Tile<f32, { [D] }> = load_one::<E, D>(k, at, d);
-                let x: Tile<f32, { [D] }> = x - first_key;
-                k_most = max(k_most, largest_of::<D>(x));
-                let at: i64 = wide(page) * wide(v_page) + wide(head) * v_head + wide(slot) * wide(v_row);
-                let x: Tile<f32, { [D] }> = load_one::<E, D>(v, at, dv);
-                v_most = max(v_most, largest_of::<D>(x));
-            }
+            let more: i32 = min(hi, first * BN + BN) - a;
+            let page: i32 = page_of::<PAGED>(table, width, batch, a, page_size);
+            let at: i64 = wide(page) * wide(k_page) + wide(head) * k_head + wide(a % page_size) * wide(k_row);
+            let some: Tile<f32, { [4, D] }> = sample::<E, D>(slice::<E>(k, at), k_row, more, d);
+            let unshifted: Tile<f32, { [4, D] }> =
+                first_key.reshape(const_shape![1, D]).broadcast(const_shape![4, D]);
+            let k_most: f32 = max(largest::<4, D>(some - unshifted), 0.0625f32 * largest::<4, D>(unshifted));
+            let at: i64 = wide(page) * wide(v_page) + wide(head) * v_head + wide(a % page_size) * wide(v_row);
+            let some: Tile<f32, { [4, D] }> = sample::<E, D>(slice::<E>(v, at), v_row, more, dv);
+            let v_most: f32 = largest::<4, D>(some);
             let ku: f32 = unit_for(k_most);
             let vu: f32 = unit_for(v_most);
             let to_k: f32 = 1.0f32 / ku;
@@ -254,9 +302,7 @@ pub mod decode {
                 let page: i32 = page_of::<PAGED>(table, width, batch, key, page_size);
                 let slot: i32 = key % page_size / BN;
                 let kt: Tile<E, { [1, BN, D] }> = kp.load([page, slot, 0i32]);
-                let vt: Tile<E, { [1, BN, D] }> = vp.load([page, slot, 0i32]);
                 let kt: Tile<E, { [BN, D] }> = kt.reshape(const_shape![BN, D]);
-                let vt: Tile<E, { [BN, D] }> = vt.reshape(const_shape![BN, D]);
                 let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
                 let mut s: Tile<f32, { [BN] }> = never;
                 if WIDE == 1i32 {
@@ -268,17 +314,13 @@ pub mod decode {
                 }
                 s = s * sc;
                 let mut kf: Tile<f32, { [BN, D] }> = kf - shift;
-                let mut vf: Tile<f32, { [BN, D] }> = convert_tile(vt);
-                if (key < lo) || (key + BN > hi) {
-                    let index: Tile<i32, { [BN] }> = iota(const_shape![BN]);
-                    let index: Tile<i32, { [BN] }> = index + broadcast_scalar(key, const_shape![BN]);
-                    let seen: Tile<bool, { [BN] }> = ge_tile(index, broadcast_scalar(lo, const_shape![BN]))
-                        & lt_tile(index, broadcast_scalar(hi, const_shape![BN]));
+                let edge: bool = (key < lo) || (key + BN > hi);
+                if edge {
+                    let seen: Tile<bool, { [BN] }> = between::<BN>(key, lo, hi);
                     s = select(seen, s, never);
                     let seen: Tile<bool, { [BN, D] }> =
                         seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
                     kf = select(seen, kf, none);
-                    vf = select(seen, vf, none);
                 }
                 let top: Tile<f32, { [] }> = reduce_max(s, 0i32);
                 let top: f32 = tile_to_scalar(top);
@@ -295,13 +337,9 @@ pub mod decode {
                 let root: Tile<f32, { [BN] }> =
                     exp2((s - broadcast_scalar(m, const_shape![BN])) * half, ftz::Enabled);
                 let of_k: Tile<f32, { [BN] }> = root * broadcast_scalar(to_k, const_shape![BN]);
-                let of_v: Tile<f32, { [BN] }> = root * broadcast_scalar(to_v, const_shape![BN]);
                 let of_k: Tile<f32, { [BN, D] }> =
                     of_k.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                let of_v: Tile<f32, { [BN, D] }> =
-                    of_v.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
                 let xk: Tile<f16, { [BN, D] }> = convert_tile(kf * of_k);
-                let xv: Tile<f16, { [BN, D] }> = convert_tile(vf * of_v);
                 let sixty_four: Tile<f32, { [BN] }> = constant(64.0f32, const_shape![BN]);
                 let x1: Tile<f16, { [BN] }> = convert_tile(root * sixty_four);
                 let w: Tile<f32, { [BN] }> = convert_tile(x1);
@@ -309,8 +347,21 @@ pub mod decode {
                 let x1: Tile<f16, { [BN, 16] }> =
                     x1.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, 16]);
                 s_kk = mma(xk.transpose(), xk, s_kk);
-                s_vk = mma(xv.transpose(), xk, s_vk);
                 s_k = mma(xk.transpose(), x1, s_k);
+                let vt: Tile<E, { [1, BN, D] }> = vp.load([page, slot, 0i32]);
+                let vt: Tile<E, { [BN, D] }> = vt.reshape(const_shape![BN, D]);
+                let mut vf: Tile<f32, { [BN, D] }> = convert_tile(vt);
+                if edge {
+                    let seen: Tile<bool, { [BN] }> = between::<BN>(key, lo, hi);
+                    let seen: Tile<bool, { [BN, D] }> =
+                        seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
+                    vf = select(seen, vf, none);
+                }
+                let of_v: Tile<f32, { [BN] }> = root * broadcast_scalar(to_v, const_shape![BN]);
+                let of_v: Tile<f32, { [BN, D] }> =
+                    of_v.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
+                let xv: Tile<f16, { [BN, D] }> = convert_tile(vf * of_v);
+                s_vk = mma(xv.transpose(), xk, s_vk);
                 s_v = mma(xv.transpose(), x1, s_v);
             }
             let part: i32 = pid.0 * grid.1 + pid.1;
@@ -333,7 +384,7 @@ pub mod decode {
     /// Folds the parts of one query (up to 64) into the first, in a fixed order.
     /// Grid (batch * kv_heads * group * t, D + 1).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_decode_fold<const BN: i32, const D: i32, const W: i32>(
+    pub unsafe fn lla_decode_fold<const D: i32, const W: i32>(
         lengths: *mut i32,
         moments: *mut f32, // [rows, splits, 2 D + 2, D], and memory for 16 more parts behind
         state: *mut f32,
@@ -343,7 +394,8 @@ pub mod decode {
         t: i32,
         window: i32,
         splits: i32,
-        split_tiles: i32,
+        split_keys: i32, // keys of a split: a multiple of `tile`
+        tile: i32,       // keys of a tile of the split
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
         let i: i32 = pid.0 % t;
@@ -351,7 +403,7 @@ pub mod decode {
         let length: i32 = load_integer(slice::<i32>(lengths, wide(batch)));
         let lo: i32 = decode_first(options, length, t, i, window);
         let hi: i32 = decode_end(options, length, t, i);
-        let used: i32 = ceil_div(ceil_div(hi, BN) - lo / BN, split_tiles);
+        let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
         if used > 1i32 {
             let all: Tile<f32, { [] }> = reduce_max(part_logits(state, pid.0 * splits, used), 0i32);
             let m: f32 = tile_to_scalar(all);
@@ -360,7 +412,8 @@ pub mod decode {
             let base: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
             let shape: Shape<{ [-1, W] }> = Shape::<{ [-1, W] }> { dims: &[64i32] };
             let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[2i32 * D * D + 2i32 * D] };
-            let view: Tensor<f32, { [-1, W] }> = make_tensor_view(base, shape, strides, new_token_unordered());
+            let view: Tensor<f32, { [-1, W] }> =
+                make_tensor_view(base, shape, strides, new_token_unordered());
             let view: Partition<f32, { [16, W] }> = view.partition(const_shape![16, W]);
             let nothing: Tile<f32, { [16, W] }> = constant(0.0f32, const_shape![16, W]);
             for c in 0i32..ceil_div(used, 16i32) {
@@ -376,7 +429,8 @@ pub mod decode {
                     const_shape![16, W],
                 );
                 let at: i64 = wide(pid.0 * splits + c * 16i32) * wide(2i32);
-                let of: Tile<f32, { [16] }> = load_column::<f32, 16>(slice::<f32>(state, at), 2i32, used - c * 16i32);
+                let of: Tile<f32, { [16] }> =
+                    load_column::<f32, 16>(slice::<f32>(state, at), 2i32, used - c * 16i32);
                 let f: Tile<f32, { [16] }> = exp2(of - broadcast_scalar(m, const_shape![16]), ftz::Enabled);
                 let there: Tile<i32, { [16] }> = iota(const_shape![16]);
                 let there: Tile<bool, { [16] }> =
@@ -394,7 +448,7 @@ pub mod decode {
     /// Solves for one query and writes its output, from its folded parts.
     /// Grid (batch * kv_heads * group * t).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_decode_merge<E: ElementType, const BN: i32, const D: i32, const PAGED: i32>(
+    pub unsafe fn lla_decode_merge<E: ElementType, const D: i32>(
         q: *mut E,
         k: *mut E,
         table: *mut i32,
@@ -408,7 +462,7 @@ pub mod decode {
         probe: *mut f32,      // out [batch, heads, t, d] if save_state; in: the given one under option 16
         iterations: *mut i32, // out [batch, heads, t] if diagnostics
         relative: *mut f32,   // out [batch, heads, t] if diagnostics: |r| / |delta|
-        options: i32,         // 1 causal, 2 window, 16 probe given
+        options: i32,         // 1 causal, 2 window, 16 probe given, 64 block table
         kv_heads: i32,
         group: i32,
         t: i32,
@@ -416,7 +470,8 @@ pub mod decode {
         width: i32,
         page_size: i32,
         splits: i32,
-        split_tiles: i32,
+        split_keys: i32, // keys of a split: a multiple of `tile`
+        tile: i32,       // keys of a tile of the split
         d: i32,
         dv: i32,
         q_batch: i64,
@@ -447,7 +502,6 @@ pub mod decode {
         let length: i32 = load_integer(slice::<i32>(lengths, wide(batch)));
         let lo: i32 = decode_first(options, length, t, i, window);
         let hi: i32 = decode_end(options, length, t, i);
-        let tiles: i32 = ceil_div(hi, BN) - lo / BN;
         let row: i32 = pid.0;
         let out_at: i64 = wide(batch) * out_batch + wide(query_head) * out_head + wide(i) * wide(out_row);
         if hi <= lo {
@@ -468,12 +522,15 @@ pub mod decode {
                 store_number(relative, wide(row), 0.0f32);
             }
         } else {
-            let used: i32 = ceil_div(tiles, split_tiles);
+            let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
             let logits: Tile<f32, { [64] }> = part_logits(state, row * splits, used);
             let all: Tile<f32, { [] }> = reduce_max(logits, 0i32);
             let m: f32 = tile_to_scalar(all);
-            let weights: Tile<f32, { [64] }> =
-                load_column::<f32, 64>(slice::<f32>(state, wide(row * splits) * wide(2i32) + wide(1i32)), 2i32, used);
+            let weights: Tile<f32, { [64] }> = load_column::<f32, 64>(
+                slice::<f32>(state, wide(row * splits) * wide(2i32) + wide(1i32)),
+                2i32,
+                used,
+            );
             let f: Tile<f32, { [64] }> = exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
             let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
             let l: f32 = tile_to_scalar(all);
@@ -484,7 +541,10 @@ pub mod decode {
             let inverse: f32 = 1.0f32 / l;
             let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
             let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
-            let page: i32 = page_of::<PAGED>(table, width, batch, lo, page_size);
+            let mut page: i32 = batch;
+            if (options & 64i32) != 0i32 {
+                page = page_of::<1>(table, width, batch, lo, page_size);
+            }
             let shift: Tile<f32, { [D] }> = load_one::<E, D>(
                 k,
                 wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
@@ -558,7 +618,11 @@ pub mod decode {
                     1i32,
                     broadcast_scalar(it, const_shape![1]),
                 );
-                store_number(relative, wide(row), single(sqrt(number(left), rounding::NearestEven, ftz::Disabled)));
+                store_number(
+                    relative,
+                    wide(row),
+                    single(sqrt(number(left), rounding::NearestEven, ftz::Disabled)),
+                );
             }
         }
     }
