@@ -90,9 +90,14 @@ pub mod decode {
         single(exp2(number(x), ftz::Enabled))
     }
 
-    /// The unit that puts magnitudes up to `x` at 8 to 16: 256 times as much is in fp16's range, and 2^-17 of it above the least.
+    /// The unit for magnitudes up to `x` in a sample: they become 1 to 2, so that others may be 2000 times as large under weights
+    /// of up to 2^8, and fp16's least is 2^-24 of them.
     pub fn unit_for(x: f32) -> f32 {
-        single(pow2_floor::<{ [1, 1] }>(number(x))) * 0.125f32
+        let mut unit: f32 = single(pow2_floor::<{ [1, 1] }>(number(x)));
+        if x == 0.0f32 {
+            unit = 1.0f32;
+        }
+        unit
     }
 
     /// Which of `BN` keys from `first` lie in `lo..hi`.
