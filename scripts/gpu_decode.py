@@ -213,7 +213,7 @@ def timings(kernels, quick=False):
     shapes = []
     for d in (64, 128):
         for batch in (1, 32):
-            for m in ((16384,) if quick else (512, 2048, 8192, 16384, 32768, 131072)):
+            for m in ((16384, 131072) if quick else (512, 2048, 8192, 16384, 32768, 131072)):
                 shapes += [(batch, d, group, m) for group in ((1,) if quick or m not in (512, 16384) else (1, 4, 8))]
     for batch, d, group, m in shapes:
         if batch * 8 * m * d * 4 > 36e9:
