@@ -4,6 +4,7 @@
 pub mod backward_key;
 pub mod backward_query;
 pub mod backward_solve;
+pub mod decode;
 pub mod forward;
 pub mod numbers;
 pub mod poison;

@@ -47,6 +47,7 @@ impl Variant {
 fn tiles(entry: &str, d: i32) -> Tiles {
     match (entry, d) {
         ("lla_forward" | "lla_backward_solve", 128) => (64, 128, 8, 1),
+        ("lla_decode_split", 128) => (64, 64, 8, 1),
         ("lla_backward_query", 64) => (128, 64, 8, 1),
         ("lla_backward_query", 128) => (64, 64, 4, 1),
         ("lla_backward_key", 64) => (64, 64, 4, 2),
@@ -90,6 +91,29 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 occupancy: 8,
                 tensor: false,
             });
+            // Pages of 16 and 32 keys are smaller than the usual tile.
+            for (paged, bn) in [(false, None), (true, None), (true, Some(16))] {
+                let (_, usual, warps, occupancy) = other.unwrap_or_else(|| tiles("lla_decode_split", d));
+                let bn = bn.unwrap_or(usual);
+                let flag = |x: bool| u8::from(x).to_string();
+                let generics =
+                    vec![dtype.into(), bn.to_string(), d.to_string(), flag(paged), flag(dtype == "f32")];
+                list.push(Variant {
+                    name: format!("lla_decode_split_{dtype}_n{bn}_d{d}_p{}", flag(paged)),
+                    bn,
+                    tensor: true,
+                    ..decode("lla_decode_split", dtype, d, generics, warps, occupancy)
+                });
+            }
+            let (warps, occupancy) = if d == 64 { (4, 2) } else { (8, 1) };
+            list.push(decode(
+                "lla_decode_merge",
+                dtype,
+                d,
+                vec![dtype.into(), d.to_string()],
+                warps,
+                occupancy,
+            ));
             for entry in ["lla_range", "lla_convert"] {
                 for aligned in [true, false] {
                     list.push(Variant {
@@ -127,12 +151,42 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 list.push(product("lla_backward_key", dtype, d, false, bias, aligned));
             }
         }
+        list.push(decode("lla_decode_fold", "", d, vec![d.to_string(), (2 * d).to_string()], 4, 2));
         for bias in [false, true] {
             list.push(product("lla_backward_solve", "", d, false, bias, false));
             list.push(product("lla_backward_solve", "", d, true, bias, false));
         }
     }
     list
+}
+
+/// A kernel of decoding: no query rows, aligned.
+fn decode(
+    entry: &'static str,
+    dtype: &'static str,
+    d: i32,
+    generics: Vec<String>,
+    warps: i32,
+    occupancy: i32,
+) -> Variant {
+    let kind = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
+    Variant {
+        name: format!("{entry}{kind}_d{d}"),
+        entry,
+        module: "decode",
+        ast: crate::decode::decode::__module_ast_self,
+        generics,
+        dtype,
+        bm: 0,
+        bn: 0,
+        d,
+        high: false,
+        bias: false,
+        aligned: true,
+        warps,
+        occupancy,
+        tensor: false,
+    }
 }
 
 fn product(

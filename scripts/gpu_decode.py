@@ -1,0 +1,255 @@
+"""Checks and times the GPU decode kernels against float64 PyTorch: `python3 gpu_decode.py FOLDER [--no-check] [--no-time]`.
+
+FOLDER holds the cubins that `cargo xtask kernels` leaves in target/kernels/sm_90. Needs PyTorch and CuPy. Every check draws fresh
+inputs; NaN never passes. The last lines are a table: time, bytes of keys and values over time as a share of the rate of a device
+copy (bytes read and written) in the same run, and the ratio to scaled_dot_product_attention on the same cache.
+"""
+import math
+import re
+import sys
+import time
+
+import torch
+
+from gpu_kernels import NAMES, Kernels, aligned, error, f32, graph_ms, i32, i64, ptr
+
+BLOCKS = {64: 264, 128: 132}  # tile blocks that an H100 runs at a time
+failures = 0
+
+
+def variant(kernels, entry, dtype, d, paged, page_size):
+    """(name, keys of a tile): the largest tile that pages are multiples of."""
+    found = []
+    for name in kernels.names:
+        if match := re.fullmatch(rf"{entry}_{NAMES[dtype]}_n(\d+)_d{d}_p{int(paged)}", name):
+            if not paged or page_size % int(match[1]) == 0:
+                found.append((int(match[1]), name))
+    if not found:
+        raise KeyError(f"no {entry} for {dtype} d={d} paged={paged} pages of {page_size} in {kernels.folder}")
+    return max(found)[::-1]
+
+
+def plan(rows, tiles, wanted):
+    """Key tiles of a split: as many splits as fill the device, of 2 to 256 tiles (the tensor cores' sums lose
+    digits over more), and no more than 64."""
+    return max(2, min(256, -(-tiles // max(1, wanted // rows))), -(-tiles // 64))
+
+
+class Decode:
+    """Buffers and launch arguments of one shape. `k`, `v`: pools [pages, kv_heads, page_size, d]; contiguous without a table."""
+
+    def __init__(self, kernels, q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None, split_tiles=None, state=True):
+        self.kernels = kernels
+        batch, heads, t, d = q.shape
+        pages, kv_heads, page_size, dv = v.shape
+        pad, dev = (64 if max(d, dv) <= 64 else 128), q.device
+        assert aligned(k) and aligned(v)
+        split, bn = variant(kernels, "lla_decode_split", q.dtype, pad, table is not None, page_size)
+        rows = batch * heads * t
+        tiles = -(-page_size * (1 if table is None else table.shape[1]) // bn)
+        most = -(-int(lengths.max()) // bn) + 1
+        tiles = min(tiles, most if window is None else -(-window // bn) + 1)
+        step = split_tiles or plan(rows, tiles, BLOCKS[pad])
+        assert -(-tiles // step) <= 64
+        splits = max(1, -(-tiles // step))
+        self.out, self.lse = torch.empty(batch, heads, t, dv, device=dev, dtype=q.dtype), torch.empty(batch, heads, t, device=dev)
+        self.probe = given if given is not None else torch.empty(batch, heads, t, d, device=dev)
+        self.key_mean = torch.empty(batch, heads, t, d, device=dev)
+        self.iterations, self.relative = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty(rows, device=dev)
+        moments = torch.empty(rows * splits + 16, 2 * pad + 2, pad, device=dev)
+        parts = torch.empty(rows, splits, 2, device=dev)
+        lam = ridge if torch.is_tensor(ridge) else torch.full((batch, heads, t), float(ridge), device=dev)
+        options = int(causal) + 2 * (window is not None) + 16 * (given is not None)
+        scale = d ** -0.5 if scale is None else scale
+        lengths = lengths.to(device=dev, dtype=torch.int32)
+        where = [i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(0 if table is None else table.shape[1])]
+        rowed = lambda x: [i64(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
+        paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
+        self.split = (split, "lla_decode_split", (rows, splits),
+                      [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where
+                      + [i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [f32(scale)])
+        self.fold = (f"lla_decode_fold_d{pad}", "lla_decode_fold", (rows, pad + 1),
+                     [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where[:4] + [i32(splits), i32(step * bn), i32(bn)])
+        self.merge = (f"lla_decode_merge_{NAMES[q.dtype]}_d{pad}", "lla_decode_merge", (rows,),
+                      [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
+                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options + 64 * (table is not None))] + where
+                      + [i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
+                      + [f32(scale), i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
+                      + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
+        self.splits = splits
+        self.keep = (q, k, v, table, lengths, moments, parts, lam)
+
+    def __call__(self):
+        self.kernels(*self.split)
+        if self.splits > 1:
+            self.kernels(*self.fold)
+        self.kernels(*self.merge)
+        return self
+
+
+def reference(q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None):
+    """Float64, sequence by sequence: (out, lse)."""
+    batch, heads, t, d = q.shape
+    group = heads // k.shape[1]
+    scale = d ** -0.5 if scale is None else scale
+    out, lse = torch.zeros(batch, heads, t, v.shape[-1], device=q.device, dtype=torch.float64), torch.full((batch, heads, t), -math.inf, device=q.device, dtype=torch.float64)
+    for b in range(batch):
+        length = int(lengths[b])
+        for h in range(heads):
+            kk, vv = (x[b, h // group] if table is None else x[table[b, :-(-length // x.shape[2])].long(), h // group].flatten(0, 1) for x in (k, v))
+            for i in range(t):
+                pos = length - t + i
+                lo, hi = (max(0, pos + 1 - window) if window else 0), (pos + 1 if causal else length)
+                if hi <= lo:
+                    continue
+                ks, vs, qs = kk[lo:hi].double(), vv[lo:hi].double(), q[b, h, i].double()
+                s = scale * ks @ qs
+                lse[b, h, i] = s.logsumexp(0)
+                p = (s - lse[b, h, i]).exp()
+                mean = p @ ks
+                z = ks - mean
+                lam = float(ridge[b, h, i]) if torch.is_tensor(ridge) else ridge
+                eye = torch.eye(d, device=q.device, dtype=torch.float64)
+                x = given[b, h, i].double() if given is not None else torch.linalg.solve((z * p[:, None]).T @ z + lam * eye, mean - qs)
+                out[b, h, i] = (p * (1 - z @ x)) @ vs
+    return out, lse
+
+
+def line(what, errors, limit):
+    global failures
+    ok = all(e <= limit for e in errors.values())
+    failures += not ok
+    print(f"{'ok  ' if ok else 'FAIL'} {what:76s} limit {limit:.1e}  " + "  ".join(f"{n} {e:.2e}" for n, e in errors.items()), flush=True)
+
+
+def tensors(batch, heads, kv_heads, t, m, d, dv, dtype, mean=0.0, kind="gaussian"):
+    sigma = torch.logspace(0.7, -1.3, d, device="cuda") if kind == "anisotropic" else torch.ones(d, device="cuda")
+    common = mean * torch.randn(1, kv_heads, 1, d, device="cuda")
+    q = torch.randn(batch, heads, t, d, device="cuda").to(dtype)
+    k = (torch.randn(batch, kv_heads, m, d, device="cuda") * sigma + common).to(dtype)
+    return q, k, torch.randn(batch, kv_heads, m, dv, device="cuda").to(dtype)
+
+
+def compare(kernels, what, q, k, v, lengths, ridge, limit, **args):
+    lengths = torch.tensor(lengths, device="cuda")
+    split_tiles = args.pop("split_tiles", None)
+    got = Decode(kernels, q, k, v, lengths, ridge, split_tiles=split_tiles, **args)()
+    want, lse = reference(q, k, v, lengths, ridge, **args)
+    seen = torch.isfinite(lse)
+    errors = dict(out=error(got.out, want), lse=error(got.lse[seen], lse[seen]) if bool(seen.any()) else 0.0)
+    if not torch.equal(torch.isneginf(got.lse), ~seen):
+        errors["rows that see nothing"] = math.nan
+    line(f"{what} ({got.splits} splits, {got.iterations.float().mean():.1f} steps)", errors, limit)
+    return got
+
+
+def pool_of(k, v, lengths, page_size, width):
+    """The same keys and values in pages [pages, page_size, H, D], in random order, with a table."""
+    batch, heads, m, _ = k.shape
+    table = torch.randperm(batch * width + 3, device="cuda")[: batch * width].view(batch, width).int()
+    pools = []
+    for x in (k, v):
+        pool = torch.full((batch * width + 3, page_size, heads, x.shape[-1]), math.nan, device="cuda", dtype=x.dtype)
+        for b in range(batch):
+            for j in range(lengths[b]):
+                pool[table[b, j // page_size], j % page_size] = x[b, :, j]
+        pools.append(pool.transpose(1, 2))
+    return pools[0], pools[1], table
+
+
+def check(kernels):
+    for d in (64, 128):
+        for ridge, limit in ((10.0, 2.5e-3), (1.0, 2.5e-3), (0.1, 5e-3)):
+            for mean in (0.0, 10.0):
+                for m in (1, 3, 100, 1000, 5000):
+                    q, k, v = tensors(2, 4, 4, 1, m, d, d, torch.bfloat16, mean)
+                    if mean:
+                        q = (q + k[:, :, :1].float()).bfloat16()
+                    compare(kernels, f"bf16 d{d} ridge {ridge} mean {mean} {m} keys", q, k, v, [m, (m + 1) // 2], ridge, limit)
+        for ridge in (10.0, 1.0, 0.1):
+            q, k, v = tensors(2, 4, 4, 1, 4000, d, d, torch.bfloat16, kind="anisotropic")
+            compare(kernels, f"bf16 d{d} ridge {ridge} anisotropic", q, k, v, [4000, 300], ridge, 5e-3)
+        q, k, v = tensors(2, 4, 4, 1, 4000, d, d, torch.bfloat16)
+        compare(kernels, f"bf16 d{d} logits five times as wide", q * 5, k, v, [4000, 300], 1.0, 5e-3)
+        k[:, :, :64], v[:, :, :64] = k[:, :, :64] / 256, 0
+        compare(kernels, f"bf16 d{d} first keys near 0, first values 0", q, k, v, [4000, 300], 1.0, 5e-3)
+        q, k, v = tensors(3, 8, 2, 5, 700, d, d, torch.bfloat16)
+        ridge = torch.rand(3, 8, 5, device="cuda") * 9 + 1
+        for name, args in (("causal", {}), ("window 100", dict(window=100)), ("all keys", dict(causal=False)), ("one tile a split", dict(split_tiles=1)),
+                           ("given probe", dict(given=torch.randn(3, 8, 5, d, device="cuda") * 0.3)), ("scale 0", dict(scale=0.0))):
+            compare(kernels, f"bf16 d{d} 5 queries, groups of 4, a ridge each, {name}", q, k, v, [700, 0, 5], ridge, 2.5e-3, **args)
+        k[:, :, 700:], v[1, :, 5:], k[2, :, 5:] = math.nan, math.nan, math.nan
+        compare(kernels, f"bf16 d{d} NaN past the end", q, k, v, [700, 5, 5], ridge, 2.5e-3)
+        a, b = (Decode(kernels, q, k, v, torch.tensor([700, 5, 5], device="cuda"), ridge)() for _ in range(2))
+        line(f"bf16 d{d} the same bits again", dict(differ=float((a.out != b.out).sum() + (a.lse != b.lse).sum())), 0.0)
+    for dtype in (torch.float16, torch.float32):
+        for d, dv in ((64, 64), (40, 64), (128, 72)):
+            try:
+                q, k, v = tensors(2, 4, 4, 1, 1000, d, dv, dtype)
+                compare(kernels, f"{NAMES[dtype]} d{d} dv{dv}", q, k, v, [1000, 77], 1.0, 2e-3)
+            except KeyError as e:
+                print("skipped:", e)
+    for d in (64, 128):
+        for page_size in (16, 64, 256):
+            q, k, v = tensors(2, 8, 2, 2, 600, d, d, torch.bfloat16)
+            try:
+                kp, vp, table = pool_of(k, v, [600, 131], page_size, -(-600 // page_size))
+                compare(kernels, f"bf16 d{d} pages of {page_size}", q, kp, vp, [600, 131], 1.0, 2.5e-3, table=table)
+            except KeyError as e:
+                print("skipped:", e)
+
+
+def copy_rate():
+    """Bytes per second of a device copy, read and written."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / graph_ms(lambda: b.copy_(a)) * 1e3
+
+
+def timings(kernels, quick=False):
+    rate = copy_rate()
+    print(f"\ndevice copy {rate / 1e12:.2f} TB/s (read and written); milliseconds\n| B, KV heads, D, group, context | decode | split, fold, merge | share of copy rate | SDPA | ratio | error |")
+    print("|---|---|---|---|---|---|---|")
+    shapes = []
+    for d in (64, 128):
+        for batch in (1, 32):
+            for m in ((16384, 131072) if quick else (512, 2048, 8192, 16384, 32768, 131072)):
+                shapes += [(batch, d, group, m) for group in ((1,) if quick or m not in (512, 16384) else (1, 4, 8))]
+    for batch, d, group, m in shapes:
+        if batch * 8 * m * d * 4 > 36e9:
+            continue
+        k = torch.randn(batch, 8, m, d, device="cuda", dtype=torch.bfloat16)
+        v = torch.randn(batch, 8, m, d, device="cuda", dtype=torch.bfloat16)
+        q = torch.randn(batch, 8 * group, 1, d, device="cuda").bfloat16()
+        lengths = torch.full((batch,), m)
+        # Small caches would stay in L2 between repetitions; both sides have that.
+        try:
+            run = Decode(kernels, q, k, v, lengths, 1.0)
+        except KeyError as e:
+            print("skipped:", e)
+            continue
+        ms = graph_ms(run)
+        parts = kernels.times(run)
+        sdpa = graph_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1))
+        few = slice(0, 1), slice(0, group)
+        want, _ = reference(q[few], k[few[0], :1], v[few[0], :1], lengths, 1.0)
+        bytes_ = k.numel() * 4
+        print(f"| {batch}, 8, {d}, {group}, {m} | {ms:.4f} | {" / ".join(f"{ms:.4f}" for _, ms in parts)} ({run.splits} splits, {run.iterations.float().mean():.1f} steps) "
+              f"| {bytes_ / ms * 1e3 / rate:.2f} | {sdpa:.4f} | {ms / sdpa:.2f} | {error(run.out[few], want):.1e} |", flush=True)
+        del run, k, v
+
+
+def main():
+    torch.manual_seed(int(time.time()))
+    kernels = Kernels(sys.argv[1])
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    if "--no-check" not in sys.argv:
+        check(kernels)
+        print(f"{failures} failed" if failures else "all passed")
+    if "--no-time" not in sys.argv:
+        timings(kernels, "--quick" in sys.argv)
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
