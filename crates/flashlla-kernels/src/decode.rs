@@ -309,15 +309,14 @@ pub mod decode {
                 let kt: Tile<E, { [1, BN, D] }> = kp.load([page, slot, 0i32]);
                 let kt: Tile<E, { [BN, D] }> = kt.reshape(const_shape![BN, D]);
                 let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
-                let mut s: Tile<f32, { [BN] }> = never;
-                if WIDE == 1i32 {
-                    s = reduce_sum(kf * row.broadcast(const_shape![BN, D]), 1i32);
+                let products: Tile<f32, { [BN] }> = if WIDE == 1i32 {
+                    reduce_sum(kf * row.broadcast(const_shape![BN, D]), 1i32)
                 } else {
                     let zero: Tile<f32, { [BN, 16] }> = constant(0.0f32, const_shape![BN, 16]);
                     let products: Tile<f32, { [BN, 16] }> = mma(kt, query.transpose(), zero);
-                    s = reduce_max(products, 1i32);
-                }
-                s = s * sc;
+                    reduce_max(products, 1i32)
+                };
+                let mut s: Tile<f32, { [BN] }> = products * sc;
                 let mut kf: Tile<f32, { [BN, D] }> = kf - shift;
                 let edge: bool = (key < lo) || (key + BN > hi);
                 if edge {
@@ -485,7 +484,7 @@ pub mod decode {
         k_page: i32,
         k_head: i64,
         k_row: i32,
-        scale: f32,
+        _scale: f32,
         ridge_batch: i32,
         ridge_head: i32,
         ridge_row: i32,
