@@ -185,10 +185,7 @@ class Call:
         return q * of_q, k * of_k, v.float(), by_head * ridges
 
     def _pad(self, probe: Tensor, scale: Tensor | None, into: Tensor) -> int:
-        if probe.shape != self.q_shape:
-            raise ValueError(
-                f"probe: shape {list(probe.shape)} does not fit; it must be that of q, {list(self.q_shape)}"
-            )
+        self._check_probe(probe)
         narrow = into.zero_()[:, :, : self.rows[2], : self.head_dim]
         narrow.copy_(heads_first(probe, self.layout))
         if scale is not None:
