@@ -140,56 +140,37 @@ pub mod decode {
         convert_tile(x)
     }
 
-    /// Square tile `which` (0: S, 1: T) of a part.
+    /// Square tile `which` (0: S, 1: T) of a part, as an array of its own.
+    pub unsafe fn square<const D: i32>(moments: *mut f32, part: i32, which: i32) -> Tensor<f32, { [D, D] }> {
+        let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
+        let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
+        let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
+        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
+        let view: Tensor<f32, { [D, D] }> = make_tensor_view(ptr, shape, strides, new_token_unordered());
+        view
+    }
+
+    /// Writes it.
     pub unsafe fn store_square<const D: i32>(
         moments: *mut f32,
         part: i32,
         which: i32,
         x: Tile<f32, { [D, D] }>,
     ) {
-        let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
-        let at: i64 = assume_div_by::<_, 8>(at);
-        let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
-        let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
-        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
-        let view: Tensor<f32, { [D, D] }> = make_tensor_view(ptr, shape, strides, new_token_unordered());
-        let part: PartitionMut<f32, { [D, D] }> = view.partition_full_mut(const_shape![D, D]);
-        let _token: Token = store_view_raw(
-            &part,
-            x,
-            [0i32, 0i32],
-            Some(new_token_unordered()),
-            ordering::Weak,
-            scope::TileBlock,
-            tma::Disabled,
-            None,
-            [true, true],
-        );
+        let view: Tensor<f32, { [D, D] }> = square::<D>(moments, part, which);
+        let all: PartitionMut<f32, { [D, D] }> = view.partition_full_mut(const_shape![D, D]);
+        store_inside::<f32, D, D>(&all, 0i32, x);
     }
 
-    /// The same, read.
+    /// Reads it.
     pub unsafe fn load_square<const D: i32>(
         moments: *mut f32,
         part: i32,
         which: i32,
     ) -> Tile<f32, { [D, D] }> {
-        let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
-        let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
-        let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
-        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
-        let view: Tensor<f32, { [D, D] }> = make_tensor_view(ptr, shape, strides, new_token_unordered());
-        let part: Partition<f32, { [D, D] }> = view.partition(const_shape![D, D]);
-        let (tile, _token): (Tile<f32, { [D, D] }>, Token) = load_view_raw(
-            &part,
-            [0i32, 0i32],
-            Some(new_token_unordered()),
-            ordering::Weak,
-            scope::TileBlock,
-            tma::Disabled,
-            None,
-            [true, true],
-            const_shape![D, D],
-        );
+        let view: Tensor<f32, { [D, D] }> = square::<D>(moments, part, which);
+        let all: Partition<f32, { [D, D] }> = view.partition(const_shape![D, D]);
+        let tile: Tile<f32, { [D, D] }> = load_inside::<f32, D, D>(&all, 0i32);
         tile
     }
 

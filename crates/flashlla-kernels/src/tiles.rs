@@ -33,6 +33,44 @@ pub mod tiles {
         at
     }
 
+    /// Tile `index` of the rows, which must be inside: where each access is checked, each waits for the one before.
+    pub unsafe fn load_inside<E: ElementType, const R: i32, const D: i32>(
+        part: &Partition<E, { [R, D] }>,
+        index: i32,
+    ) -> Tile<E, { [R, D] }> {
+        let (tile, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
+            part,
+            [index, 0i32],
+            Some(new_token_unordered()),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+            const_shape![R, D],
+        );
+        tile
+    }
+
+    /// Writes such a tile.
+    pub unsafe fn store_inside<E: ElementType, const R: i32, const D: i32>(
+        part: &PartitionMut<E, { [R, D] }>,
+        index: i32,
+        value: Tile<E, { [R, D] }>,
+    ) {
+        let _token: Token = store_view_raw(
+            part,
+            value,
+            [index, 0i32],
+            Some(new_token_unordered()),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+        );
+    }
+
     /// `load_rows` where base, stride and columns are multiples of 16 bytes.
     pub unsafe fn load_rows_aligned<E: ElementType, const R: i32, const D: i32>(
         base: PointerTile<*mut E, { [] }>,
@@ -42,24 +80,12 @@ pub mod tiles {
     ) -> Tile<E, { [R, D] }> {
         let stride: i32 = assume_div_by::<_, 8>(stride);
         let cols: i32 = assume_div_by::<_, 8>(cols);
-        // Where each access is checked, each waits for the one before.
         let tile: Tile<E, { [R, D] }> = if (rows >= R) && (cols >= D) {
             let shape: Shape<{ [-1, -1] }> = Shape::<{ [-1, -1] }> { dims: &[rows, cols] };
             let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[stride] };
             let view: Tensor<E, { [-1, -1] }> = make_tensor_view(base, shape, strides, new_token_unordered());
             let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
-            let (all, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
-                &part,
-                [0i32, 0i32],
-                Some(new_token_unordered()),
-                ordering::Weak,
-                scope::TileBlock,
-                tma::Disabled,
-                None,
-                [true, true],
-                const_shape![R, D],
-            );
-            all
+            load_inside::<E, R, D>(&part, 0i32)
         } else {
             load_rows::<E, R, D>(base, stride, rows, cols)
         };
@@ -142,22 +168,11 @@ pub mod tiles {
     ) {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
         let part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
-        let _token: Token = store_view_raw(
-            &part,
-            value,
-            [index, 0i32],
-            Some(new_token_unordered()),
-            ordering::Weak,
-            scope::TileBlock,
-            tma::Disabled,
-            None,
-            [true, true],
-        );
+        store_inside::<E, R, D>(&part, index, value);
     }
 
     /// Tile `index` of such an array, where one tile is all that a tile block reads of it: a bulk copy would first have to build
-    /// a descriptor of the array, which takes longer than the copy. Inside by promise: where each access is checked, each waits
-    /// for the one before.
+    /// a descriptor of the array, which takes longer than the copy.
     pub unsafe fn load_packed<E: ElementType, const R: i32, const D: i32>(
         ptr: *mut E,
         rows: i32,
@@ -165,17 +180,7 @@ pub mod tiles {
     ) -> Tile<E, { [R, D] }> {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
         let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
-        let (tile, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
-            &part,
-            [index, 0i32],
-            Some(new_token_unordered()),
-            ordering::Weak,
-            scope::TileBlock,
-            tma::Disabled,
-            None,
-            [true, true],
-            const_shape![R, D],
-        );
+        let tile: Tile<E, { [R, D] }> = load_inside::<E, R, D>(&part, index);
         tile
     }
 
