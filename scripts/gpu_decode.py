@@ -60,24 +60,25 @@ class Decode:
         parts = torch.empty(rows, splits, 2, device=dev)
         lam = ridge if torch.is_tensor(ridge) else torch.full((batch, heads, t), float(ridge), device=dev)
         options = int(causal) + 2 * (window is not None) + 16 * (given is not None)
-        scale = d ** -0.5 if scale is None else scale
+        scale = torch.full((1,), d ** -0.5 if scale is None else scale, device=dev)
         lengths = lengths.to(device=dev, dtype=torch.int32)
-        where = [i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(0 if table is None else table.shape[1])]
+        width = 1 if table is None else table.shape[1]
+        where = [i32(0), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width)]
         rowed = lambda x: [i64(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         self.split = (split, "lla_decode_split", (rows, splits),
-                      [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where
-                      + [i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [f32(scale)])
+                      [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(scale), i32(options)] + where
+                      + [i32(width), i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [i32(0)])
         self.fold = (f"lla_decode_fold_d{pad}", "lla_decode_fold", (rows, pad + 1),
-                     [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where[:4] + [i32(splits), i32(step * bn), i32(bn)])
+                     [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where + [i32(splits), i32(step * bn), i32(bn)])
         self.merge = (f"lla_decode_merge_{NAMES[q.dtype]}_d{pad}", "lla_decode_merge", (rows,),
                       [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
                        ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options + 64 * (table is not None))] + where
-                      + [i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
-                      + [f32(scale), i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
+                      + [i32(width), i32(pages), i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
+                      + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
                       + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
         self.splits = splits
-        self.keep = (q, k, v, table, lengths, moments, parts, lam)
+        self.keep = (q, k, v, table, lengths, moments, parts, scale, lam)
 
     def __call__(self):
         self.kernels(*self.split)

@@ -4,7 +4,10 @@
 pub mod backward_key;
 pub mod backward_query;
 pub mod backward_solve;
+pub mod cache_write;
 pub mod decode;
+pub mod decode_merge;
+pub mod decode_split;
 pub mod forward;
 pub mod numbers;
 pub mod poison;

@@ -2,7 +2,7 @@
 //! other tile sizes, worker warps and tile blocks per SM on the kernels that have products.
 //!
 //! One line per variant goes to standard output, for `cargo xtask kernels`:
-//! `name entry dtype bm bn d high bias aligned tensor`, tab-separated.
+//! `name entry dtype bm bn d high bias aligned tensor paged`, tab-separated.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for v in &list {
         let flag = u8::from;
         println!(
-            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}",
+            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}",
             v.name,
             v.entry,
             v.dtype,
@@ -60,7 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             flag(v.high),
             flag(v.bias),
             flag(v.aligned),
-            flag(v.tensor)
+            flag(v.tensor),
+            flag(v.paged)
         );
     }
     Ok(())

@@ -25,6 +25,8 @@ pub struct Variant {
     pub bias: bool,
     /// Wants 16-byte multiples.
     pub aligned: bool,
+    /// Finds keys and values through a block table.
+    pub paged: bool,
     warps: i32,
     occupancy: i32,
     /// Runs products on tensor cores and loads tiles by bulk copies: the budget demands both.
@@ -86,10 +88,18 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 high: false,
                 bias: false,
                 aligned: false,
+                paged: false,
                 warps: 4,
                 // Most blocks find nothing to do: many at once matter more than registers.
                 occupancy: 8,
                 tensor: false,
+            });
+            list.push(Variant {
+                name: format!("lla_cache_write_{dtype}_d{d}"),
+                module: "cache_write",
+                ast: crate::cache_write::cache_write::__module_ast_self,
+                aligned: false,
+                ..decode("lla_cache_write", dtype, d, vec![dtype.into(), d.to_string()], 1, 8)
             });
             // Pages of 16 and 32 keys are smaller than the usual tile.
             for (paged, bn) in [(false, None), (true, None), (true, Some(16))] {
@@ -100,7 +110,10 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                     vec![dtype.into(), bn.to_string(), d.to_string(), flag(paged), flag(dtype == "f32")];
                 list.push(Variant {
                     name: format!("lla_decode_split_{dtype}_n{bn}_d{d}_p{}", flag(paged)),
+                    module: "decode_split",
+                    ast: crate::decode_split::decode_split::__module_ast_self,
                     bn,
+                    paged,
                     tensor: true,
                     ..decode("lla_decode_split", dtype, d, generics, warps, occupancy)
                 });
@@ -134,6 +147,7 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                         high: false,
                         bias: false,
                         aligned,
+                        paged: false,
                         warps: 4,
                         occupancy: if d == 64 { 6 } else { 3 },
                         tensor: false,
@@ -160,7 +174,7 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
     list
 }
 
-/// A kernel of decoding: no query rows, aligned.
+/// A kernel of decoding: one query, aligned.
 fn decode(
     entry: &'static str,
     dtype: &'static str,
@@ -173,16 +187,17 @@ fn decode(
     Variant {
         name: format!("{entry}{kind}_d{d}"),
         entry,
-        module: "decode",
-        ast: crate::decode::decode::__module_ast_self,
+        module: "decode_merge",
+        ast: crate::decode_merge::decode_merge::__module_ast_self,
         generics,
         dtype,
-        bm: 0,
+        bm: 1,
         bn: 0,
         d,
         high: false,
         bias: false,
         aligned: true,
+        paged: false,
         warps,
         occupancy,
         tensor: false,
@@ -228,6 +243,7 @@ fn product(
         high,
         bias,
         aligned,
+        paged: false,
         warps,
         occupancy,
         tensor: true,

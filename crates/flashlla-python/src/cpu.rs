@@ -12,20 +12,25 @@ use pyo3::prelude::*;
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 pub struct Inputs {
-    q: HostTensor,
-    k: HostTensor,
-    v: HostTensor,
+    pub q: HostTensor,
+    pub k: HostTensor,
+    pub v: HostTensor,
     /// λ as `[B or 1, HQ or 1, N or 1]`.
     ridge: Option<HostTensor>,
     /// `[B or 1, HQ or H or 1, M, 1]` in the type of sums.
-    bias: Option<HostTensor>,
+    pub bias: Option<HostTensor>,
     /// `[B, HQ, N, D]` in the type of sums.
-    probe: Option<HostTensor>,
+    pub probe: Option<HostTensor>,
     options: Options,
 }
 
 impl Inputs {
     fn attention(&self) -> PyResult<Attention> {
+        self.described(self.k.shape, self.v.shape)
+    }
+
+    /// The description of a call with keys and values of these sizes.
+    pub fn described(&self, k: [usize; 4], v: [usize; 4]) -> PyResult<Attention> {
         let same = self.q.dtype;
         for (argument, tensor) in [("k", &self.k), ("v", &self.v)] {
             if tensor.dtype != same {
@@ -42,7 +47,7 @@ impl Inputs {
             }
         };
         let resolution = Solver::default_tolerance(same == Dtype::F64 || self.options.high());
-        self.options.attention(self.q.shape, self.k.shape, self.v.shape, ridge, resolution)
+        self.options.attention(self.q.shape, k, v, ridge, resolution)
     }
 
     /// # Safety
@@ -63,35 +68,47 @@ impl Inputs {
     }
 }
 
-/// Computes a forward.
-///
-/// `out` is written in any layout, in the dtype of q; `lse`, `key_mean` and `probe` (contiguous, in the type of sums), and
-/// `iterations` (int32 under the name f32) and `residual` (f32) only where they are given.
-#[pyfunction]
-#[allow(clippy::too_many_arguments)]
-pub fn cpu_forward(
-    py: Python<'_>,
-    inputs: Inputs,
-    out: HostTensor,
+/// What a forward or a decoding writes beside its outputs, each only where it is given.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct Results {
+    /// In the type of sums, contiguous, as the next two are.
     lse: Option<HostTensor>,
     key_mean: Option<HostTensor>,
     probe: Option<HostTensor>,
+    /// int32 under the name f32.
     iterations: Option<HostTensor>,
     residual: Option<HostTensor>,
-) -> PyResult<()> {
+}
+
+impl Results {
+    /// # Safety
+    /// The tensors must be Python's to write.
+    pub unsafe fn fill<A: Real>(self, state: &State<A>) -> PyResult<()> {
+        // SAFETY: the caller's.
+        unsafe {
+            for (to, from) in
+                [(&self.lse, &state.lse), (&self.key_mean, &state.key_mean), (&self.probe, &state.probe)]
+            {
+                to.as_ref().map(|to| to.fill(from.data())).transpose()?;
+            }
+            self.iterations.map(|to| to.fill(&state.diagnostics.iterations)).transpose()?;
+            self.residual.map(|to| to.fill(&state.diagnostics.residual)).transpose()?;
+        }
+        Ok(())
+    }
+}
+
+/// Computes a forward. `out` is written in any layout, in the dtype of q.
+#[pyfunction]
+pub fn cpu_forward(py: Python<'_>, inputs: Inputs, out: HostTensor, results: Results) -> PyResult<()> {
     let attention = inputs.attention()?;
     with_type!(inputs.q.dtype, T => {
         // SAFETY: Python vouches for its tensors, and holds on to them until this returns.
         unsafe {
             let problem = inputs.problem::<T>(&attention)?;
             let out = out.view_mut::<T>()?;
-            let state = interruptible(py, |cpu| cpu.forward_into(&problem, out))?;
-            for (to, from) in [(&lse, &state.lse), (&key_mean, &state.key_mean), (&probe, &state.probe)] {
-                to.as_ref().map(|to| to.fill(from.data())).transpose()?;
-            }
-            iterations.map(|to| to.fill(&state.diagnostics.iterations)).transpose()?;
-            residual.map(|to| to.fill(&state.diagnostics.residual)).transpose()?;
-            Ok(())
+            results.fill(&interruptible(py, |cpu| cpu.forward_into(&problem, out))?)
         }
     })
 }

@@ -20,7 +20,7 @@ use std::sync::Mutex;
 /// The engines that were opened, by the number of the GPU.
 static ENGINES: Mutex<Option<HashMap<usize, Cuda>>> = Mutex::new(None);
 
-fn engine(device: usize) -> PyResult<Cuda> {
+pub fn engine(device: usize) -> PyResult<Cuda> {
     let mut engines = ENGINES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let engines = engines.get_or_insert_default();
     if let Some(engine) = engines.get(&device) {
@@ -76,7 +76,7 @@ impl Sizes {
     }
 }
 
-fn no_f64<T>() -> PyResult<T> {
+pub fn no_f64<T>() -> PyResult<T> {
     Err(PyTypeError::new_err(
         "q: float64 is not computed on a GPU; use float32, bfloat16 or float16, or the CPU",
     ))
@@ -86,22 +86,23 @@ fn no_f64<T>() -> PyResult<T> {
 macro_rules! with_gpu_type {
     ($dtype:expr, $t:ident => $body:expr) => {
         match $dtype {
-            Dtype::F64 => no_f64(),
-            Dtype::F32 => {
+            $crate::tensor::Dtype::F64 => $crate::cuda::no_f64(),
+            $crate::tensor::Dtype::F32 => {
                 type $t = f32;
                 $body
             }
-            Dtype::Bf16 => {
+            $crate::tensor::Dtype::Bf16 => {
                 type $t = flashlla::bf16;
                 $body
             }
-            Dtype::F16 => {
+            $crate::tensor::Dtype::F16 => {
                 type $t = flashlla::f16;
                 $body
             }
         }
     };
 }
+pub(crate) use with_gpu_type;
 
 /// The axes of a layout that are batch, head and token, where it has them.
 #[derive(Debug, Clone, Copy)]
@@ -131,6 +132,13 @@ impl Axes {
 
 /// The strides of up to four axes, as `Tensor.stride()` returns them.
 pub struct Strides([i64; 4]);
+
+impl Strides {
+    /// Those of batch, head and token.
+    pub fn first_three(&self) -> [i64; 3] {
+        [self.0[0], self.0[1], self.0[2]]
+    }
+}
 
 impl FromPyObject<'_, '_> for Strides {
     type Error = PyErr;
@@ -164,7 +172,7 @@ fn device_bias(bias: Option<Bias>) -> Option<DeviceBias> {
     bias.map(|Bias(ptr, strides)| DeviceBias { ptr, strides })
 }
 
-fn device_ridge(ridge: Option<Ridges>) -> Option<DeviceRidge> {
+pub fn device_ridge(ridge: Option<Ridges>) -> Option<DeviceRidge> {
     ridge.map(|Ridges(ptr, strides)| DeviceRidge { ptr, strides })
 }
 

@@ -8,6 +8,7 @@
 
 mod cpu;
 mod cuda;
+mod decode;
 mod describe;
 mod tensor;
 mod threads;
@@ -34,6 +35,10 @@ mod _flashlla {
     use cpu::{cpu_backward, cpu_forward};
     #[pymodule_export]
     use cuda::{BackwardPlan, ForwardPlan, cuda_backward_plan, cuda_forward_plan, cuda_info};
+    #[pymodule_export]
+    use decode::{
+        CacheFullError, CacheWriter, DecodePlan, Pages, cpu_decode, cuda_cache_writer, cuda_decode_plan,
+    };
     #[pymodule_export]
     use threads::{get_num_threads, set_num_threads};
 

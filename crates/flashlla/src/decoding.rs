@@ -45,17 +45,23 @@ impl Attention {
         q: View<'a, T>,
         cache: &'a CacheView<'a, T>,
     ) -> Result<Decoding<'a, T>> {
-        let queries = self.queries();
-        if !(1..=MAX_DECODE_QUERIES).contains(&queries) {
-            let allowed = format!("from 1 to {MAX_DECODE_QUERIES} per sequence (more: a forward)");
-            return Err(Error::value("queries", queries, allowed));
-        }
         expect_shape("q", q.shape(), self.query_shape(), "batch, query heads, queries, head_dim")?;
         let given = [cache.sequences(), cache.kv_heads(), cache.max_len(), cache.head_dim()];
         expect_shape("cache", given, self.key_shape(), "batch, KV heads, most tokens, head_dim")?;
         if cache.value_dim() != self.value_dim() {
             let allowed = format!("the description's {}", self.value_dim());
             return Err(Error::value("cache", format!("value_dim {}", cache.value_dim()), allowed));
+        }
+        self.check_decoding(cache.lengths())?;
+        Ok(Decoding { attention: self, q, cache, bias: None, probe: None })
+    }
+
+    /// Whether this describes a decoding from sequences of these lengths.
+    pub(crate) fn check_decoding(&self, lengths: &[usize]) -> Result<()> {
+        let queries = self.queries();
+        if !(1..=MAX_DECODE_QUERIES).contains(&queries) {
+            let allowed = format!("from 1 to {MAX_DECODE_QUERIES} per sequence (more: a forward)");
+            return Err(Error::value("queries", queries, allowed));
         }
         if self.mask().sequences().is_some() {
             return Err(Error::value(
@@ -69,14 +75,14 @@ impl Attention {
             return Err(Error::value("q_offset", self.mask().offset(), allowed));
         }
         let short = |&(_, &length): &(usize, &usize)| length > 0 && length < queries;
-        if let Some((sequence, length)) = cache.lengths().iter().enumerate().find(short) {
+        if let Some((sequence, length)) = lengths.iter().enumerate().find(short) {
             return Err(Error::value(
                 "lengths",
                 format!("{length} (sequence {sequence})"),
                 format!("0, or at least the {queries} queries, whose keys the cache must hold already"),
             ));
         }
-        Ok(Decoding { attention: self, q, cache, bias: None, probe: None })
+        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ fn kernel(entry: &str, arch: &str, cubin: std::ops::Range<usize>) -> Kernel {
         head_dim: 64,
         high: false,
         bias: false,
+        paged: false,
         aligned: false,
         registers: 168,
         stack: 0,

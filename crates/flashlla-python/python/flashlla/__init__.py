@@ -9,6 +9,7 @@ ridge λ > 0:
 Large λ is softmax attention. Everything is exact (no approximation of the operator), forward and backward.
 
 - `attention`: the whole operator, on tensors and arrays.
+- `decode`, `KvCache`: the newest queries of each sequence over a cache, in one pass.
 - `nn.LocalLinearAttention`: a module in the place of `torch.nn.MultiheadAttention`.
 - `lla_attention`, `LLAFunction`, `ops.naive`: the interface of the package published with the paper.
 - `python -m flashlla info` and `python -m flashlla bench`.
@@ -19,10 +20,21 @@ Large λ is softmax attention. Everything is exact (no approximation of the oper
 torch.Size([1, 2, 16, 8])
 """
 
-from flashlla._flashlla import __version__, get_num_threads, set_num_threads
+from flashlla._cache import KvCache
+from flashlla._decoding import decode
+from flashlla._flashlla import CacheFullError, __version__, get_num_threads, set_num_threads
 from flashlla._public import Diagnostics, attention
 
-__all__ = ["Diagnostics", "__version__", "attention", "get_num_threads", "set_num_threads"]
+__all__ = [
+    "CacheFullError",
+    "Diagnostics",
+    "KvCache",
+    "__version__",
+    "attention",
+    "decode",
+    "get_num_threads",
+    "set_num_threads",
+]
 
 try:
     import torch as _torch  # noqa: F401

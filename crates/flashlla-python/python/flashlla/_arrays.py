@@ -37,30 +37,21 @@ def _readable(argument: str, array: Any) -> Array:
     return array
 
 
-def attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    ridge: Any,
-    scale: Any,
-    bias: Any,
-    probe: Any,
-    cu_seqlens: Any,
-    options: Options,
-    layout: str,
-    diagnostics: bool,
-) -> tuple[Array, tuple[Array, ...]]:
+def _inputs(
+    named: dict[str, Any], ridge: Any, scale: Any, bias: Any, probe: Any, options: Options, layout: str
+) -> tuple[dict[str, Any], list[Array], Options]:
+    """What the engine reads, the arrays whose addresses that holds, and the options with the numbers among them. `named`: q, k
+    and v, under the names that the user knows them by."""
     inputs: dict[str, Any] = {}
     held: list[Array] = []  # What addresses lead to must stay alive.
-    for argument, array in (("q", q), ("k", k), ("v", v)):
+    for name, (argument, array) in zip("qkv", named.items(), strict=True):
         array = _readable(argument, array)
         if held and array.dtype != held[0].dtype:
             raise TypeError(f"{argument}: dtype {array.dtype} does not match q's {held[0].dtype}")
         check_axes(argument, array.shape, layout)
         held.append(heads_first(array, layout))
-        inputs[argument] = _host(held[-1])
-    q, k, v = held
-    sums = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
+        inputs[name] = _host(held[-1])
+    sums = _sums(held[0])
 
     inputs.update(ridge=None, bias=None, probe=None)
     for argument, x in (("ridge", ridge), ("bias", bias), ("probe", probe)):
@@ -90,23 +81,93 @@ def attention(
         check_axes("probe", np.shape(probe), layout)
         held.append(heads_first(np.ascontiguousarray(np.asarray(probe, dtype=sums)), layout))
         inputs["probe"] = _host(held[-1])
+    return inputs, held, options
+
+
+def _sums(q: Array) -> np.dtype[Any]:
+    return np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
+
+
+def _outputs(q: Array, value_dim: int, layout: str, diagnostics: bool) -> tuple[Array, tuple[Array, ...]]:
+    """Everything that a call returns, not yet computed, `[batch, head, token, dim]`."""
+    b, h, n, d = q.shape
+    if layout in ("bnhd", "nhd"):
+        out = np.empty((b, n, h, value_dim), q.dtype).swapaxes(1, 2)
+    else:
+        out = np.empty((b, h, n, value_dim), q.dtype)
+    if not diagnostics:
+        return out, ()
+    sums = _sums(q)
+    rest = (
+        np.empty((b, h, n), sums),
+        np.empty((b, h, n, d), sums),
+        np.empty((b, h, n, d), sums),
+        np.empty((b, h, n), np.int32),
+        np.empty((b, h, n), np.float32),
+    )
+    return out, rest
+
+
+def _results(rest: tuple[Array, ...]) -> dict[str, Any]:
+    names = ("lse", "key_mean", "probe", "iterations", "residual")
+    if not rest:
+        return dict.fromkeys(names)
+    # Iterations are int32 under float32's name.
+    hosts = [_host(array.view(np.float32) if array.dtype == np.int32 else array) for array in rest]
+    return dict(zip(names, hosts, strict=True))
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    ridge: Any,
+    scale: Any,
+    bias: Any,
+    probe: Any,
+    cu_seqlens: Any,
+    options: Options,
+    layout: str,
+    diagnostics: bool,
+) -> tuple[Array, tuple[Array, ...]]:
+    named = {"q": q, "k": k, "v": v}
+    inputs, held, options = _inputs(named, ridge, scale, bias, probe, options, layout)
     sequences = None if cu_seqlens is None else integers("cu_seqlens", cu_seqlens)
     inputs["options"] = options.given(None, sequences)
-
-    (b, h, n, d), dv = q.shape, v.shape[3]
-    if layout in ("bnhd", "nhd"):
-        out = np.empty((b, n, h, dv), q.dtype).swapaxes(1, 2)
-    else:
-        out = np.empty((b, h, n, dv), q.dtype)
-    rest: tuple[Array, ...] = ()
-    if diagnostics:
-        rest = (
-            np.empty((b, h, n), sums),
-            np.empty((b, h, n, d), sums),
-            np.empty((b, h, n, d), sums),
-            np.empty((b, h, n), np.int32),
-            np.empty((b, h, n), np.float32),
-        )
-    wanted: list[Any] = [_host(array) for array in (*rest[:3], *(x.view(np.float32) for x in rest[3:]))]
-    _flashlla.cpu_forward(inputs, _host(out), *(wanted or [None] * 5))
+    out, rest = _outputs(held[0], held[2].shape[3], layout, diagnostics)
+    _flashlla.cpu_forward(inputs, _host(out), _results(rest))
     return as_laid_out(out, layout), rest
+
+
+def decode(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    lengths: Any,
+    block_table: Any,
+    ridge: Any,
+    scale: Any,
+    bias: Any,
+    probe: Any,
+    options: Options,
+    layout: str,
+    diagnostics: bool,
+) -> tuple[Array, tuple[Array, ...]]:
+    named = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    inputs, held, options = _inputs(named, ridge, scale, bias, probe, options, layout)
+    inputs["options"] = options.given(None, None)
+    out, rest = _outputs(held[0], held[2].shape[3], layout, diagnostics)
+    table = None
+    if block_table is not None:
+        table = integers("block_table", rows_of("block_table", np.shape(block_table), held[0].shape[0], block_table))
+    _flashlla.cpu_decode(inputs, integers("lengths", lengths), table, _host(out), _results(rest))
+    return as_laid_out(out, layout), rest
+
+
+def rows_of(argument: str, shape: Any, sequences: int, table: Any) -> Any:
+    """A table `[sequences, n]` row by row."""
+    if len(shape) != 2 or shape[0] != sequences:
+        raise ValueError(
+            f"{argument}: shape {list(shape)} does not fit; it must be [{sequences}, n] (sequences, pages per sequence)"
+        )
+    return np.asarray(table).reshape(-1)

@@ -81,8 +81,13 @@ def _backward_outputs(tensors: tuple[Any, ...], tokens_first: bool) -> tuple[Ten
     return (gradient(q), gradient(k), gradient(v), others(ridge), others(scale), others(bias), others(probe))
 
 
-def _host(x: Tensor | None) -> Any:
+def host(x: Tensor | None) -> Any:
     return None if x is None else (x.data_ptr(), NAMES[x.dtype], x.shape, x.stride())
+
+
+def host_results(*results: Tensor | None) -> dict[str, Any]:
+    """Where to write log-sum-exps, key means, probes, iterations (int32 under float32's name) and residuals."""
+    return dict(zip(("lse", "key_mean", "probe", "iterations", "residual"), map(host, results), strict=True))
 
 
 def _host_inputs(tensors: tuple[Tensor | None, ...], options: Options) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def _host_inputs(tensors: tuple[Tensor | None, ...], options: Options) -> dict[s
     sequences = None if cu_seqlens is None else cu_seqlens.tolist()
     given = options.given(None if scale is None else scale.item(), sequences)
     named = {"q": q, "k": k, "v": v, "ridge": ridge, "bias": bias, "probe": probe}
-    return {"options": given, **{name: _host(x) for name, x in named.items()}}
+    return {"options": given, **{name: host(x) for name, x in named.items()}}
 
 
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
@@ -98,10 +103,10 @@ def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     out_dtype, tokens_first, save, diagnostics = arguments[18:]
     q, _, v = tensors[:3]
     out, lse, state, solves = _forward_outputs(q, v, q.dtype, tokens_first, save, diagnostics)
-    key_mean, probe = (_host(state[0]), _host(state[1])) if save or diagnostics else (None, None)
-    residual, iterations = (_host(solves[0]), _host(solves[1])) if diagnostics else (None, None)
-    inputs = _host_inputs(tensors, options)
-    _flashlla.cpu_forward(inputs, _host(out), _host(lse), key_mean, probe, iterations, residual)
+    key_mean, probe = (state[0], state[1]) if save or diagnostics else (None, None)
+    residual, iterations = (solves[0], solves[1]) if diagnostics else (None, None)
+    results = host_results(lse, key_mean, probe, iterations, residual)
+    _flashlla.cpu_forward(_host_inputs(tensors, options), host(out), results)
     return out if out_dtype is None else out.to(out_dtype), lse, state, solves
 
 
@@ -116,13 +121,13 @@ def _backward_cpu(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     ridge_sums = None if ridge is None else dridge.to(_sums(q))
     grad = _flashlla.cpu_backward(
         _host_inputs(tensors, options),
-        (_host(lse), _host(state[0]), _host(state[1])),
-        _host(grad_out),
-        (_host(dq), _host(dk), _host(dv)),
+        (host(lse), host(state[0]), host(state[1])),
+        host(grad_out),
+        (host(dq), host(dk), host(dv)),
         {
-            "ridge": _host(ridge_sums),
-            "bias": None if bias is None else _host(dbias),
-            "probe": None if probe is None else _host(dprobe),
+            "ridge": host(ridge_sums),
+            "bias": None if bias is None else host(dbias),
+            "probe": None if probe is None else host(dprobe),
         },
     )
     if ridge is not None and ridge_sums is not None:

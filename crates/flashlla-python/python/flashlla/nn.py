@@ -8,17 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashlla._cache import KvCache
 from flashlla._public import attention
 
 __all__ = ["LocalLinearAttention"]
 
 
-def _rotated(x: Tensor, first: int, base: float) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) of `[batch, token, head, dim]`, halves of dims paired."""
+# The most queries per sequence that are decoded at a time.
+_STEP = 16
+
+
+def _rotated(x: Tensor, first: Tensor, base: float) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of `[batch, token, head, dim]`, halves of dims paired; `first` is the position
+    of the first token, of each sequence or of all."""
     half = x.shape[3] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    position = torch.arange(first, first + x.shape[1], device=x.device, dtype=torch.float32)
-    angle = (position[:, None] * frequency)[:, None, :]
+    position = first.reshape(-1, 1) + torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+    angle = (position[..., None] * frequency)[:, :, None, :]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
@@ -59,6 +65,14 @@ class LocalLinearAttention(nn.Module):
     >>> out, weights = block(x, x, x, need_weights=False)
     >>> out.shape, weights
     (torch.Size([2, 10, 64]), None)
+
+    Generation, a prompt first and then token by token:
+
+    >>> cache = block.make_cache(2, max_len=100)
+    >>> with torch.no_grad():
+    ...     _ = block(x, cache=cache)
+    ...     block(torch.randn(2, 1, 64), cache=cache).shape
+    torch.Size([2, 1, 64])
     """
 
     # What `nn.TransformerEncoderLayer` looks at before it decides that its fused path does not fit.
@@ -139,6 +153,7 @@ class LocalLinearAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        cache: KvCache | None = None,
     ) -> Any:
         """Attention of `query` over `key` and `value`, or over itself.
 
@@ -150,6 +165,9 @@ class LocalLinearAttention(nn.Module):
             need_weights: must be false: no weights are formed.
             attn_mask: only together with `is_causal=True`, of which it is then taken to be the mask.
             is_causal: causal for this call.
+            cache: of a causal module (see `make_cache`): `query` holds the next tokens of each of its sequences, whose keys and
+                values are appended, and attends to all that it then holds. Under `torch.no_grad()`; up to 16 tokens at a time
+                are one pass over the cache, more are fast where the cache was empty.
 
         Returns:
             `[batch, token, embed_dim]`.
@@ -162,6 +180,11 @@ class LocalLinearAttention(nn.Module):
                 "(see causal, window and key_padding_mask)"
             )
         alone = key is None and value is None
+        if cache is not None and not (alone and key_padding_mask is None and (self.causal or is_causal)):
+            raise ValueError(
+                "cache: a cache is not allowed; it must be None unless the module is causal and called with query alone, "
+                "without key, value or key_padding_mask"
+            )
         key = query if key is None else key
         value = key if value is None else value
         for name, x, width in (
@@ -185,8 +208,12 @@ class LocalLinearAttention(nn.Module):
         # The last query stands at the last key where a query sees only what came before.
         causal = self.causal or is_causal
         offset = k.shape[1] - q.shape[1] if causal or self.window is not None else 0
+        start = torch.zeros(1, device=q.device)
+        if cache is not None:
+            self._check_cache(cache, q)
+            start = torch.tensor(cache.lengths, dtype=torch.float32).to(q.device)
         if self.rope:
-            q, k = _rotated(q, offset, self.rope_base), _rotated(k, 0, self.rope_base)
+            q, k = _rotated(q, start + offset, self.rope_base), _rotated(k, start, self.rope_base)
         bias = None
         if key_padding_mask is not None:
             padding = key_padding_mask[None] if key_padding_mask.dim() == 1 else key_padding_mask
@@ -202,21 +229,54 @@ class LocalLinearAttention(nn.Module):
             if padding.dtype == torch.bool:
                 padding = torch.zeros(padding.shape, device=q.device).masked_fill(padding, float("-inf"))
             bias = padding[:, None]
-        out = self.attend(
-            q,
-            k,
-            v,
-            ridge=self.ridge if self.log_ridge is None else self.log_ridge.exp(),
-            scale=None if self.log_scale is None else self.log_scale.exp() * self.head_dim**-0.5,
-            causal=causal,
-            window=self.window,
-            q_offset=offset,
-            bias=bias,
-            layout="bnhd",
-        )
+        options: dict[str, Any] = {
+            "ridge": self.ridge if self.log_ridge is None else self.log_ridge.exp(),
+            "scale": None if self.log_scale is None else self.log_scale.exp() * self.head_dim**-0.5,
+            "window": self.window,
+        }
+        if cache is not None:
+            out = self._from_cache(q, k, v, cache, options)
+        else:
+            out = self.attend(q, k, v, causal=causal, q_offset=offset, bias=bias, layout="bnhd", **options)
         out = self.out_proj(out.flatten(2))
         if single:
             out = out[0]
         elif not self.batch_first:
             out = out.transpose(0, 1)
         return out if alone else (out, None)
+
+    def make_cache(self, sequences: int, max_len: int, **options: Any) -> KvCache:
+        """A cache for `forward`, on the device and in the dtype of the module; `options` are those of `flashlla.KvCache`."""
+        weight = self.k_proj.weight
+        given = {"dtype": weight.dtype, "device": weight.device, **options, "layout": "bnhd"}
+        return KvCache(sequences, self.num_kv_heads, self.head_dim, max_len, **given)
+
+    def _check_cache(self, cache: KvCache, q: Tensor) -> None:
+        if not isinstance(cache, KvCache):
+            raise TypeError(f"cache: {type(cache).__name__} is not allowed; it must be a flashlla.KvCache")
+        given = (len(cache.lengths), cache.kv_heads, cache.head_dim, cache.value_dim, cache.layout)
+        expected = (q.shape[0], self.num_kv_heads, self.head_dim, self.head_dim, "bnhd")
+        if given != expected:
+            raise ValueError(
+                f"cache: {given} does not fit; it must be {expected} (batch, KV heads, head_dim, value_dim, layout): see make_cache"
+            )
+
+    def _from_cache(self, q: Tensor, k: Tensor, v: Tensor, cache: KvCache, options: dict[str, Any]) -> Tensor:
+        if torch.is_grad_enabled():
+            raise ValueError("cache: a cache is not allowed while gradients are recorded; call under torch.no_grad()")
+        # Under autocast projections may differ from the cache.
+        q, k, v = (x.to(cache.k.dtype) for x in (q, k, v))
+        if q.shape[1] > _STEP and not any(cache.lengths):
+            cache.append(k, v)
+            return self.attend(q, k, v, causal=True, layout="bnhd", **options)
+        parts, before = [], cache.lengths
+        try:
+            for at in range(0, q.shape[1], _STEP):
+                cache.append(k[:, at : at + _STEP], v[:, at : at + _STEP])
+                parts.append(cache.decode(q[:, at : at + _STEP], **options))
+        except ValueError:
+            # All of the tokens, or none.
+            for sequence, length in enumerate(before):
+                cache.truncate(sequence, length)
+            raise
+        return torch.cat(parts, 1)

@@ -9,7 +9,7 @@
 //! | [`Paging`] | block table and lengths, checked: nothing of tensors or devices |
 //! | [`Pages`] | who owns which page: append, fork, truncate, free, as bookkeeping that any device can follow |
 //! | [`CacheView`] | a paging with its keys and values: what engines decode from |
-//! | [`KvCache`] | pages and their keys and values in the host's memory |
+//! | [`KvCache`] | pages with their keys and values, in the host's memory or, with feature `cuda`, a GPU's |
 //!
 //! Beams share the pages of their common past: [`KvCache::fork`] copies nothing, and whoever first writes to a page that others
 //! use too gets a copy of that page ([`PageCopy`]).
@@ -19,7 +19,7 @@ mod pages;
 mod paging;
 mod view;
 
-pub use owned::{CacheShape, KvCache};
+pub use owned::{CacheShape, HostRoom, KvCache};
 pub use pages::{PageCopy, Pages};
 pub use paging::{MIN_PAGE_SIZE, Paging, Sharing};
 pub use view::CacheView;

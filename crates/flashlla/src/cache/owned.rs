@@ -1,9 +1,10 @@
-//! A cache in the host's memory.
+//! A cache that owns its memory: what all have in common, and the one in the host's memory.
 
 use super::{CacheView, PageCopy, Pages};
 use crate::attention::MAX_HEAD_DIM;
 use crate::{Element, Error, Result, View};
 use std::borrow::Cow;
+use std::marker::PhantomData;
 
 /// The sizes of a [`KvCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,27 +53,31 @@ pub struct CacheShape {
 /// # Ok(())
 /// # }
 /// ```
+///
+/// `R` is where keys and values lie: in the host's memory, unless it says otherwise.
 #[derive(Debug, Clone)]
-pub struct KvCache<T> {
-    shape: CacheShape,
-    pages: Pages,
+pub struct KvCache<T, R = HostRoom<T>> {
+    pub(crate) shape: CacheShape,
+    pub(crate) pages: Pages,
+    pub(crate) room: R,
+    stored: PhantomData<T>,
+}
+
+/// Keys and values in the host's memory.
+#[derive(Debug, Clone)]
+pub struct HostRoom<T> {
     k: Vec<T>,
     v: Vec<T>,
 }
 
-impl<T: Element> KvCache<T> {
-    /// A room of `max_len` tokens for every sequence.
-    pub fn contiguous(shape: CacheShape) -> Result<Self> {
-        Self::new(shape, Pages::contiguous(shape.sequences, shape.max_len)?)
-    }
-
-    /// A pool of `pages` pages of `page_size` tokens, a power of two from 16.
-    pub fn paged(shape: CacheShape, page_size: usize, pages: usize) -> Result<Self> {
-        let pages = Pages::paged(shape.sequences, shape.max_len, page_size, pages)?;
-        Self::new(CacheShape { max_len: pages.paging().max_len(), ..shape }, pages)
-    }
-
-    fn new(shape: CacheShape, pages: Pages) -> Result<Self> {
+impl<T: Element, R> KvCache<T, R> {
+    /// Checks the sizes, and makes the room for so many slots.
+    pub(crate) fn with_room(
+        shape: CacheShape,
+        pages: Pages,
+        make: impl FnOnce(usize) -> Result<R>,
+    ) -> Result<Self> {
+        let shape = CacheShape { max_len: pages.paging().max_len(), ..shape };
         for (argument, size) in [("head_dim", shape.head_dim), ("value_dim", shape.value_dim)] {
             if !(1..=MAX_HEAD_DIM).contains(&size) {
                 return Err(Error::value(argument, size, format!("from 1 to {MAX_HEAD_DIM}")));
@@ -87,16 +92,7 @@ impl<T: Element> KvCache<T> {
             let given = format!("{} pages of {}", pages.paging().pages(), pages.paging().page_size());
             return Err(Error::value("cache", given, "small enough for this machine's addresses"));
         };
-        let room = |dim: usize| -> Result<Vec<T>> {
-            let (elements, mut room) = (slots * shape.kv_heads * dim, vec![]);
-            if room.try_reserve_exact(elements).is_err() {
-                let given = format!("{} bytes", elements * size_of::<T>());
-                return Err(Error::value("cache", given, "no more than there is memory for"));
-            }
-            room.resize(elements, T::default());
-            Ok(room)
-        };
-        Ok(Self { shape, k: room(shape.head_dim)?, v: room(shape.value_dim)?, pages })
+        Ok(Self { shape, pages, room: make(slots)?, stored: PhantomData })
     }
 
     /// The sizes that it was made with (`max_len` in whole pages).
@@ -121,7 +117,7 @@ impl<T: Element> KvCache<T> {
     }
     /// Bytes of memory that keys and values take, used or not.
     pub fn bytes(&self) -> usize {
-        (self.k.len() + self.v.len()) * size_of::<T>()
+        self.capacity() * self.shape.kv_heads * (self.shape.head_dim + self.shape.value_dim) * size_of::<T>()
     }
     /// Bytes of the pages in use, each counted once (contiguous: of the tokens that are there).
     pub fn bytes_used(&self) -> usize {
@@ -153,6 +149,49 @@ impl<T: Element> KvCache<T> {
         &self.pages
     }
 
+    /// Whether tensors are new tokens of so many sequences.
+    pub(crate) fn check_tokens(&self, k: [usize; 4], v: [usize; 4], sequences: usize) -> Result<()> {
+        let CacheShape { kv_heads, head_dim, value_dim, .. } = self.shape;
+        let tokens = k[2];
+        for (argument, given, dim, meaning) in [
+            ("k", k, head_dim, "sequences, KV heads, tokens, head_dim"),
+            ("v", v, value_dim, "sequences, KV heads, tokens as k, value_dim"),
+        ] {
+            let expected = [sequences, kv_heads, tokens, dim];
+            if given != expected {
+                return Err(Error::shape(argument, &given, &expected, meaning));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<T: Element> KvCache<T> {
+    /// A room of `max_len` tokens for every sequence.
+    pub fn contiguous(shape: CacheShape) -> Result<Self> {
+        Self::new(shape, Pages::contiguous(shape.sequences, shape.max_len)?)
+    }
+
+    /// A pool of `pages` pages of `page_size` tokens, a power of two from 16.
+    pub fn paged(shape: CacheShape, page_size: usize, pages: usize) -> Result<Self> {
+        Self::new(shape, Pages::paged(shape.sequences, shape.max_len, page_size, pages)?)
+    }
+
+    fn new(shape: CacheShape, pages: Pages) -> Result<Self> {
+        Self::with_room(shape, pages, |slots| {
+            let room = |dim: usize| -> Result<Vec<T>> {
+                let (elements, mut room) = (slots * shape.kv_heads * dim, vec![]);
+                if room.try_reserve_exact(elements).is_err() {
+                    let given = format!("{} bytes", elements * size_of::<T>());
+                    return Err(Error::value("cache", given, "no more than there is memory for"));
+                }
+                room.resize(elements, T::default());
+                Ok(room)
+            };
+            Ok(HostRoom { k: room(shape.head_dim)?, v: room(shape.value_dim)? })
+        })
+    }
+
     /// What there is, for [`crate::Engine::decode`].
     pub fn view(&self) -> CacheView<'_, T> {
         let view = |data, dim| {
@@ -163,37 +202,22 @@ impl<T: Element> KvCache<T> {
                 View::bnhd(data, [pages, slots, heads, dim])
             }
         };
-        let k = view(&self.k, self.shape.head_dim).expect("the pool fills its shape");
-        let v = view(&self.v, self.shape.value_dim).expect("the pool fills its shape");
+        let k = view(&self.room.k, self.shape.head_dim).expect("the pool fills its shape");
+        let v = view(&self.room.v, self.shape.value_dim).expect("the pool fills its shape");
         CacheView::new(k, v, Cow::Borrowed(self.pages.paging())).expect("keys and values have one shape")
     }
 
     /// Appends `n` tokens to every sequence: `k [B, H, n, D]` and `v [B, H, n, DV]`.
     pub fn append(&mut self, k: View<T>, v: View<T>) -> Result<()> {
-        self.check_tokens(&k, &v, self.shape.sequences)?;
+        self.check_tokens(k.shape(), v.shape(), self.shape.sequences)?;
         let tokens: Vec<_> = (0..self.shape.sequences).map(|sequence| (sequence, k.shape()[2])).collect();
         self.write(&tokens, k, v)
     }
 
     /// Appends `n` tokens to one sequence: `k [1, H, n, D]` and `v [1, H, n, DV]`.
     pub fn append_to(&mut self, sequence: usize, k: View<T>, v: View<T>) -> Result<()> {
-        self.check_tokens(&k, &v, 1)?;
+        self.check_tokens(k.shape(), v.shape(), 1)?;
         self.write(&[(sequence, k.shape()[2])], k, v)
-    }
-
-    fn check_tokens(&self, k: &View<T>, v: &View<T>, sequences: usize) -> Result<()> {
-        let CacheShape { kv_heads, head_dim, value_dim, .. } = self.shape;
-        let tokens = k.shape()[2];
-        for (argument, given, dim, meaning) in [
-            ("k", k.shape(), head_dim, "sequences, KV heads, tokens, head_dim"),
-            ("v", v.shape(), value_dim, "sequences, KV heads, tokens as k, value_dim"),
-        ] {
-            let expected = [sequences, kv_heads, tokens, dim];
-            if given != expected {
-                return Err(Error::shape(argument, &given, &expected, meaning));
-            }
-        }
-        Ok(())
     }
 
     fn write(&mut self, tokens: &[(usize, usize)], k: View<T>, v: View<T>) -> Result<()> {
@@ -205,9 +229,10 @@ impl<T: Element> KvCache<T> {
                 let (page, slot) = self.pages.paging().place(sequence, first + i);
                 for head in 0..self.shape.kv_heads {
                     let at = self.row(page, slot, head);
-                    for (pool, new, dim) in
-                        [(&mut self.k, &k, self.shape.head_dim), (&mut self.v, &v, self.shape.value_dim)]
-                    {
+                    for (pool, new, dim) in [
+                        (&mut self.room.k, &k, self.shape.head_dim),
+                        (&mut self.room.v, &v, self.shape.value_dim),
+                    ] {
                         let place = &mut pool[at * dim..][..dim];
                         new.row(row, head, i).for_each(|d, x| place[d] = x);
                     }
@@ -231,7 +256,9 @@ impl<T: Element> KvCache<T> {
         for head in 0..self.shape.kv_heads {
             for slot in 0..tokens {
                 let (from, to) = (self.row(from, slot, head), self.row(to, slot, head));
-                for (pool, dim) in [(&mut self.k, self.shape.head_dim), (&mut self.v, self.shape.value_dim)] {
+                for (pool, dim) in
+                    [(&mut self.room.k, self.shape.head_dim), (&mut self.room.v, self.shape.value_dim)]
+                {
                     pool.copy_within(from * dim..(from + 1) * dim, to * dim);
                 }
             }

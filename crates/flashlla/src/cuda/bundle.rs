@@ -65,6 +65,9 @@ pub struct Kernel {
     pub bias: bool,
     /// Reads and writes tensors 16 bytes at a time: their addresses, strides and widths must allow it.
     pub aligned: bool,
+    /// Finds keys and values through a block table, in pages that are multiples of `block_keys`.
+    #[serde(default)]
+    pub paged: bool,
     /// Registers per thread.
     #[serde(default)]
     pub registers: u32,
@@ -187,9 +190,9 @@ impl Bundle {
             .find_map(|minor| self.architectures().into_iter().find(|arch| *arch == of(minor)))
     }
 
-    /// The place in the index of the variant to launch on `arch`.
-    pub(crate) fn find(&self, arch: &str, wanted: Wanted) -> Option<usize> {
-        self.index.kernels.iter().position(|k| {
+    /// The place in the index of the variant to launch on `arch`: with a page size, that of the largest tiles for such pages.
+    pub(crate) fn find(&self, arch: &str, wanted: Wanted, page_size: Option<usize>) -> Option<usize> {
+        let fits = |k: &Kernel| {
             k.entry == wanted.entry
                 && k.arch == arch
                 && k.dtype == wanted.dtype
@@ -197,7 +200,12 @@ impl Bundle {
                 && k.high == wanted.high
                 && k.bias == wanted.bias
                 && k.aligned == wanted.aligned
-        })
+                && k.paged == page_size.is_some()
+                && page_size.is_none_or(|size| k.block_keys > 0 && size.is_multiple_of(k.block_keys))
+        };
+        let fitting = self.index.kernels.iter().enumerate().filter(|(_, k)| fits(k));
+        // The first of equals.
+        fitting.rev().max_by_key(|(_, k)| k.block_keys).map(|(place, _)| place)
     }
 
     /// The head dimensions that a kernel was compiled for, ascending.

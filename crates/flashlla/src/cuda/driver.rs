@@ -49,6 +49,7 @@ pub struct Context {
     pool: sys::CUmemoryPool,
     name: String,
     capability: (i32, i32),
+    multiprocessors: usize,
     driver: u32,
 }
 
@@ -104,12 +105,14 @@ impl Context {
                 attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             );
+            let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize;
             let mut name = [0i8; 256];
             check(sys::cuDeviceGetName(name.as_mut_ptr().cast(), 256, device), "asking for the GPU's name")?;
             let name = name.iter().take_while(|c| **c != 0).map(|&c| c as u8 as char).collect();
             let mut raw = ptr::null_mut();
             check(sys::cuDevicePrimaryCtxRetain(&mut raw, device), "opening the GPU's context")?;
-            let mut context = Self { device, raw, pool: ptr::null_mut(), name, capability, driver };
+            let pool = ptr::null_mut();
+            let mut context = Self { device, raw, pool, name, capability, multiprocessors, driver };
             // Zero is a valid value of every field. cudarc's name for the second half of a location differs between its
             // versions of the interface; in memory it is always a type and a number.
             let mut props: sys::CUmemPoolProps = std::mem::zeroed();
@@ -138,6 +141,10 @@ impl Context {
 
     pub fn capability(&self) -> (i32, i32) {
         self.capability
+    }
+
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     pub fn driver(&self) -> u32 {
@@ -279,6 +286,84 @@ impl Drop for Memory<'_> {
             let _ = unsafe { sys::cuMemFreeAsync(self.ptr, self.stream) };
         }
     }
+}
+
+/// Device memory of its own, valid in every stream until it is dropped, which waits for the GPU.
+#[derive(Debug)]
+pub struct Allocation {
+    ptr: u64,
+    context: Arc<Context>,
+}
+
+impl Allocation {
+    /// At least one byte, aligned to 256, all zero.
+    pub fn zeroed(context: &Arc<Context>, bytes: usize) -> Result<Self> {
+        let _entered = context.enter()?;
+        let mut ptr = 0;
+        // SAFETY: the context is current.
+        let result = unsafe { sys::cuMemAlloc_v2(&mut ptr, bytes.max(1)) };
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(failed(result, &format!("taking {bytes} bytes of GPU memory")));
+        }
+        let this = Self { ptr, context: context.clone() };
+        // SAFETY: just allocated with that many bytes. The default stream is waited for: others do not wait for it.
+        let result = unsafe {
+            check(sys::cuMemsetD8_v2(ptr, 0, bytes.max(1)), "setting GPU memory")
+                .and_then(|()| check(sys::cuStreamSynchronize(ptr::null_mut()), "setting GPU memory"))
+        };
+        result.map(|()| this)
+    }
+
+    pub fn ptr(&self) -> u64 {
+        self.ptr
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.context.enter() {
+            // SAFETY: allocated by `zeroed`; freeing waits for what the GPU still does with it.
+            let _ = unsafe { sys::cuMemFree_v2(self.ptr) };
+        }
+    }
+}
+
+/// Copies `rows` rows of `bytes` bytes, each `pitch` bytes after the one before, in the order of the stream. The context must be
+/// current.
+///
+/// # Safety
+/// All must lie in device memory that may be used in this stream; the two sides must not overlap.
+pub unsafe fn copy_rows(
+    from: u64,
+    to: u64,
+    bytes: usize,
+    rows: usize,
+    pitch: usize,
+    stream: RawStream,
+) -> Result<()> {
+    if bytes * rows == 0 {
+        return Ok(());
+    }
+    let copy = sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        srcHost: ptr::null(),
+        srcDevice: from,
+        srcArray: ptr::null_mut(),
+        srcPitch: pitch,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        dstHost: ptr::null_mut(),
+        dstDevice: to,
+        dstArray: ptr::null_mut(),
+        dstPitch: pitch,
+        WidthInBytes: bytes,
+        Height: rows,
+    };
+    // SAFETY: the caller's.
+    check(unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream) }, "copying GPU memory")
 }
 
 /// Sets `words` 32-bit words at `ptr` in the order of the stream. The context must be current.

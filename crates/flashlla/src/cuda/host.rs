@@ -8,13 +8,13 @@ use super::{
 };
 use crate::engine::{check_gradients, check_out};
 use crate::{
-    Attention, Diagnostics, Element, Engine, Gradients, OtherGradients, Precision, Problem, Real, Result,
-    Solver, State, Tensor, View, ViewMut,
+    Attention, Decoding, Diagnostics, Element, Engine, Gradients, OtherGradients, Precision, Problem, Real,
+    Result, Solver, State, Tensor, View, ViewMut,
 };
 use std::borrow::Cow;
 
 /// The elements of a view as `[batch, head, token, dim]` in row-major order.
-fn contiguous<'a, T: Element>(view: View<'a, T>) -> Cow<'a, [T]> {
+pub(super) fn contiguous<'a, T: Element>(view: View<'a, T>) -> Cow<'a, [T]> {
     let [b, h, n, d] = view.shape();
     let len = b * h * n * d;
     let expected = [h * n * d, n * d, d, 1];
@@ -35,7 +35,7 @@ fn contiguous<'a, T: Element>(view: View<'a, T>) -> Cow<'a, [T]> {
 }
 
 /// A contiguous tensor on the device.
-fn device_view(memory: &Memory, [_, h, n, d]: [usize; 4]) -> DeviceView {
+pub(super) fn device_view(memory: &Memory, [_, h, n, d]: [usize; 4]) -> DeviceView {
     DeviceView { ptr: memory.ptr(), strides: [(h * n * d) as i64, (n * d) as i64, d as i64] }
 }
 
@@ -57,25 +57,36 @@ fn cropped<A: Real>(wide: &[f32], shape @ [_, _, n, d]: [usize; 4], [_, _, np, d
     Tensor::new(rows.flat_map(|row| row[..d].iter().map(|&x| A::of_f32(x))).collect(), &shape)
 }
 
-/// Device memory for the time of one call.
-struct Room<'a> {
+/// Device memory for the time of one call. The context must be current.
+pub(super) struct Room<'a> {
     context: &'a super::Context,
     stream: &'a Stream,
 }
 
 impl<'a> Room<'a> {
-    fn empty<T>(&self, len: usize) -> Result<Memory<'a>> {
+    pub fn new(context: &'a super::Context, stream: &'a Stream) -> Self {
+        Self { context, stream }
+    }
+
+    /// A tensor, contiguous.
+    pub fn tensor<T: Element>(&self, view: View<T>) -> Result<(Memory<'a>, DeviceView)> {
+        let memory = self.holding(&contiguous(view))?;
+        let place = device_view(&memory, view.shape());
+        Ok((memory, place))
+    }
+
+    pub fn empty<T>(&self, len: usize) -> Result<Memory<'a>> {
         Memory::new(self.context, self.stream.raw(), len * size_of::<T>())
     }
 
-    fn holding<T: Copy>(&self, data: &[T]) -> Result<Memory<'a>> {
+    pub fn holding<T: Copy>(&self, data: &[T]) -> Result<Memory<'a>> {
         let memory = self.empty::<T>(data.len())?;
         memory.upload(data)?;
         Ok(memory)
     }
 
     /// What the memory holds when all that is in the stream is done. Waits for that.
-    fn read<T: Element>(&self, memory: &Memory, len: usize) -> Result<Vec<T>> {
+    pub fn read<T: Element>(&self, memory: &Memory, len: usize) -> Result<Vec<T>> {
         let mut data = vec![T::default(); len];
         // SAFETY: the vector stays where it is until the stream has been synchronised, right below.
         let copied = unsafe { memory.download(&mut data) };
@@ -145,7 +156,7 @@ impl<'a, T: Element, S: Element> Inputs<'a, T, S> {
         let a = self.problem.attention();
         let context = plan.context();
         let _entered = context.enter()?;
-        let room = Room { context, stream };
+        let room = Room::new(context, stream);
         let count = a.batch() * a.heads() * a.queries();
         let state_shape = plan.state_shape();
         let state_len: usize = state_shape.iter().product();
@@ -214,7 +225,7 @@ impl<'a, T: Element, S: Element> Inputs<'a, T, S> {
         let a = self.problem.attention();
         let context = plan.context();
         let _entered = context.enter()?;
-        let room = Room { context, stream };
+        let room = Room::new(context, stream);
         let count = a.batch() * a.heads() * a.queries();
         let state_shape = plan.state_shape();
         let state_len: usize = state_shape.iter().product();
@@ -337,7 +348,7 @@ fn unconverged(diagnostics: &Diagnostics, tolerance: f64) -> bool {
 }
 
 /// Writes contiguous results into a view.
-fn write<S: Element, O: Element>(from: &[S], to: &ViewMut<O>) {
+pub(super) fn write<S: Element, O: Element>(from: &[S], to: &ViewMut<O>) {
     let [_, heads, n, d] = to.shape();
     let mut values = vec![0f32; d];
     for (row, from) in from.chunks_exact(d).enumerate() {
@@ -410,6 +421,14 @@ impl Engine for Cuda {
         let (values, state) = self.compute(&Inputs::widened(problem))?;
         write(&values, &out);
         Ok(state)
+    }
+
+    fn decode_into<T: Element, O: Element>(
+        &self,
+        decoding: &Decoding<T>,
+        out: ViewMut<O>,
+    ) -> Result<State<T::Acc>> {
+        super::host_decode::decode_into(self, decoding, out)
     }
 
     fn backward_into<T: Element, G: Element, O: Element>(

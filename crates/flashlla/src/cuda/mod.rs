@@ -22,13 +22,20 @@
 
 mod backward;
 pub mod bundle;
+mod cache;
+mod cache_write;
+mod decode;
 mod driver;
 mod forward;
 mod host;
+mod host_decode;
 mod plan;
 mod spoilt;
 
 pub use backward::{BackwardPlan, BackwardPointers};
+pub use cache::{DeviceCache, DeviceRoom};
+pub use cache_write::{CacheWrite, CacheWriter};
+pub use decode::{DECODE_TOLERANCE, DecodePlan, DecodePointers, DevicePool, DeviceScale, PoolLayout};
 pub use driver::RawStream;
 pub use forward::{ForwardPlan, ForwardPointers};
 pub use plan::{DeviceBias, DeviceRidge, DeviceView, HIGH_TOLERANCE, PlanOptions, STANDARD_TOLERANCE};
@@ -159,7 +166,24 @@ impl Cuda {
         ForwardPlan::new::<T>(&self.inner, attention, options, attention.precision() == Precision::High)
     }
 
-    /// The same for a backward: inputs stored as `T`, the gradient of the outputs as `G`, the other gradients as `O`.
+    /// Makes a decoding ready to run on device pointers, for caches that lie as `layout` says; queries, caches and outputs
+    /// stored as `T`. The description is that of [`Attention::builder_for_cache`](Attention::builder_for_cache): its number of keys
+    /// is the room of a sequence. Decoding takes no bias, and head dimensions that are multiples of 8.
+    pub fn decode_plan<T: Element>(&self, attention: &Attention, layout: PoolLayout) -> Result<DecodePlan> {
+        DecodePlan::new::<T>(&self.inner, attention, layout)
+    }
+
+    /// Makes the appending of keys and values, stored as `T`, to caches in device memory ready to run on device pointers.
+    pub fn cache_writer<T: Element>(
+        &self,
+        kv_heads: usize,
+        head_dim: usize,
+        value_dim: usize,
+    ) -> Result<CacheWriter> {
+        CacheWriter::new::<T>(&self.inner, kv_heads, [head_dim, value_dim])
+    }
+
+    /// The same as [`Cuda::forward_plan`] for a backward: inputs stored as `T`, the gradient of the outputs as `G`, the other gradients as `O`.
     pub fn backward_plan<T: Element, G: Element, O: Element>(
         &self,
         attention: &Attention,
@@ -173,17 +197,23 @@ impl Cuda {
 impl Inner {
     /// A kernel, and the query rows and key rows of its blocks.
     fn load(&self, wanted: Wanted) -> Result<(Arc<Function>, [usize; 2])> {
-        let Some(place) = self.bundle.find(&self.architecture, wanted) else {
+        self.load_for(wanted, None)
+    }
+
+    /// The same; with a page size, a kernel that finds its keys through a block table.
+    fn load_for(&self, wanted: Wanted, page_size: Option<usize>) -> Result<(Arc<Function>, [usize; 2])> {
+        let Some(place) = self.bundle.find(&self.architecture, wanted, page_size) else {
             let Wanted { entry, dtype, head_dim, high, bias, .. } = wanted;
             let with = |yes: bool, what: &str| if yes { format!(", {what}") } else { String::new() };
             return Err(Error::Cuda {
                 problem: format!(
-                    "the kernels in {} for {} lack {entry} (head dimension {head_dim}{}{}{})",
+                    "the kernels in {} for {} lack {entry} (head dimension {head_dim}{}{}{}{})",
                     self.bundle.origin(),
                     self.architecture,
                     with(!dtype.is_empty(), dtype),
                     with(high, "high precision"),
                     with(bias, "bias"),
+                    page_size.map_or(String::new(), |size| format!(", pages of {size}")),
                 ),
                 remedy: "make them anew with `cargo xtask kernels`".into(),
             });

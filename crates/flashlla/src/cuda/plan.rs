@@ -24,6 +24,7 @@ pub(super) mod option {
     pub const LEAVE_ONE_OUT: i32 = 8;
     pub const PROBE_GIVEN: i32 = 16;
     pub const HEAVY_FIRST: i32 = 32;
+    pub const BLOCK_TABLE: i32 = 64;
 }
 
 /// A tensor `[batch, head, token, dim]` in device memory, its dims side by side.
@@ -113,6 +114,53 @@ pub(super) fn side(n: usize) -> u32 {
     u32::try_from(n).expect("sizes were checked when the plan was made")
 }
 
+/// A description's ridges as the kernels read them.
+#[derive(Debug)]
+pub(super) struct RidgeTable {
+    values: Vec<f32>,
+    strides: [i32; 3],
+}
+
+impl RidgeTable {
+    pub fn new(a: &Attention) -> Self {
+        // Neither 0 nor infinite in f32; at such ridges nothing changes any more.
+        let values = a.ridge().values().iter().map(|x| x.clamp(1e-30, 1e30) as f32).collect();
+        let place = |b, h, n| a.ridge().index(b, h, n) as i32;
+        let step = |size: usize, next: [usize; 3]| {
+            if size > 1 { place(next[0], next[1], next[2]) } else { 0 }
+        };
+        let strides = [step(a.batch(), [1, 0, 0]), step(a.heads(), [0, 1, 0]), step(a.queries(), [0, 0, 1])];
+        Self { values, strides }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.values.len() * 4
+    }
+
+    /// The ridges to use: those that are given, or its own, written to `ptr`.
+    ///
+    /// # Safety
+    /// There must be room at `ptr` in memory of the stream's.
+    pub unsafe fn write(
+        &self,
+        ptr: u64,
+        given: Option<DeviceRidge>,
+        stream: RawStream,
+    ) -> Result<DeviceRidge> {
+        if let Some(given) = given {
+            return Ok(given);
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            match self.values[..] {
+                [one] => fill(ptr, one.to_bits(), 1, stream)?,
+                _ => upload(ptr, &self.values, stream)?,
+            }
+        }
+        Ok(DeviceRidge { ptr, strides: self.strides })
+    }
+}
+
 /// What forward and backward have in common: the description, translated.
 #[derive(Debug)]
 pub(super) struct Core {
@@ -127,8 +175,7 @@ pub(super) struct Core {
     /// First visible key and one past the last of every query, where causality and a window do not say it all. Neither
     /// ever decreases from query to query.
     ranges: Option<[Vec<i32>; 2]>,
-    ridge: Vec<f32>,
-    ridge_strides: [i32; 3],
+    ridge: RidgeTable,
     pub tolerance: f64,
     pub max_iters: i32,
     /// Numbers of `ranges` by block, each with the block's size: see [`Core::block_bounds`].
@@ -186,14 +233,6 @@ impl Core {
         }
         let (options, offset, window, ranges) = translate_mask(a, has.probe);
         let (tolerance, max_iters) = limits(a.solver(), high, width);
-        // Neither 0 nor infinite in f32; at such ridges nothing changes any more.
-        let ridge = a.ridge().values().iter().map(|x| x.clamp(1e-30, 1e30) as f32).collect();
-        let place = |b, h, n| a.ridge().index(b, h, n) as i32;
-        let step = |size: usize, next: [usize; 3]| {
-            if size > 1 { place(next[0], next[1], next[2]) } else { 0 }
-        };
-        let ridge_strides =
-            [step(a.batch(), [1, 0, 0]), step(a.heads(), [0, 1, 0]), step(a.queries(), [0, 0, 1])];
         Ok(Self {
             engine: engine.clone(),
             attention: a.clone(),
@@ -203,8 +242,7 @@ impl Core {
             offset,
             window,
             ranges,
-            ridge,
-            ridge_strides,
+            ridge: RidgeTable::new(a),
             tolerance,
             max_iters,
             bounds: vec![],
@@ -275,7 +313,7 @@ impl Core {
         Tables {
             ranges: [places.take(len), places.take(len)],
             bounds: self.bounds.iter().map(|(_, bounds)| places.take(bounds.len() * 4)).collect(),
-            ridge: places.take(self.ridge.len() * 4),
+            ridge: places.take(self.ridge.bytes()),
         }
     }
 
@@ -300,15 +338,7 @@ impl Core {
                     upload(base + at, values, stream)?;
                 }
             }
-            if let Some(given) = given {
-                return Ok(given);
-            }
-            let ptr = base + tables.ridge;
-            match self.ridge[..] {
-                [one] => fill(ptr, one.to_bits(), 1, stream)?,
-                _ => upload(ptr, &self.ridge, stream)?,
-            }
-            Ok(DeviceRidge { ptr, strides: self.ridge_strides })
+            self.ridge.write(base + tables.ridge, given, stream)
         }
     }
 

@@ -6,6 +6,10 @@
 #[path = "../suite/common/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod common;
+#[path = "../suite/decode.rs"]
+#[allow(dead_code, unused_imports)]
+mod decode;
+mod decoding;
 #[path = "../suite/masks.rs"]
 #[allow(dead_code, unused_imports)]
 mod masks;
@@ -498,6 +502,8 @@ fn part(name: &str) {
         "empty" => checks.empty(),
         "finite" => checks.not_finite(),
         "streams" => checks.streams(),
+        "decode" => checks.decode(number),
+        "generate" => checks.generate(),
         _ => checks.random(number),
     }
 }
@@ -513,9 +519,11 @@ fn main() {
     }
     let start = Instant::now();
     let cases = std::env::var("FLASHLLA_GPU_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(480usize);
-    let mut parts: Vec<String> = ["first", "times", "empty", "finite", "streams"].map(String::from).into();
+    let mut parts: Vec<String> =
+        ["first", "times", "empty", "finite", "streams", "generate"].map(String::from).into();
     parts.extend((0..Golden::all().len()).map(|number| format!("golden {number}")));
     parts.extend((0..cases.div_ceil(SHARE)).map(|number| format!("random {number}")));
+    parts.extend((0..cases.div_ceil(4 * SHARE)).map(|number| format!("decode {number}")));
     let program = std::env::current_exe().expect("this program");
     let mut table: Vec<Entry> = vec![];
     let mut lost = 0;

@@ -51,7 +51,7 @@ impl Setup {
     }
 
     /// The most tokens that a sequence can have, in whole pages.
-    fn max_len(&self) -> usize {
+    pub fn max_len(&self) -> usize {
         self.lengths.iter().max().unwrap_or(&0).max(&1).next_multiple_of(self.page_size.unwrap_or(1))
     }
 
@@ -225,7 +225,7 @@ pub fn assert_decoded(what: &str, got: &Decoded, want: &Decoded, tolerance: Tole
     }
 }
 
-fn setup() -> impl Strategy<Value = Setup> {
+pub fn setup() -> impl Strategy<Value = Setup> {
     let sizes = (1usize..=2, prop::sample::select(vec![1usize, 2, 3, 8]), 1usize..=16);
     let dims =
         (prop::sample::select(vec![1usize, 3, 8, 16, 17, 40]), prop::sample::select(vec![1usize, 5, 16, 33]));

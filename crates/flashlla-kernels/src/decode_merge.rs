@@ -1,0 +1,265 @@
+//! The end of decoding: splits folded into one, the solve, the output.
+
+#[cutile::module]
+pub mod decode_merge {
+    use super::super::decode::decode::*;
+    use super::super::tiles::tiles::*;
+    use cutile::core::*;
+
+    /// Folds the parts of one query (up to 64) into the first, in a fixed order.
+    /// Grid (batch * kv_heads * group * t, D + 1).
+    #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
+    pub unsafe fn lla_decode_fold<const D: i32, const W: i32>(
+        lengths: *mut i32,
+        moments: *mut f32, // [rows, splits, 2 D + 2, D], and memory for 16 more parts behind
+        state: *mut f32,
+        options: i32,
+        first_row: i32, // the row of block 0
+        kv_heads: i32,
+        group: i32,
+        t: i32,
+        window: i32,
+        most: i32, // keys that a sequence has room for
+        splits: i32,
+        split_keys: i32, // keys of a split: a multiple of `tile`
+        tile: i32,       // keys of a tile of the split
+    ) {
+        let pid: (i32, i32, i32) = get_tile_block_id();
+        let row: i32 = first_row + pid.0;
+        let i: i32 = row % t;
+        let batch: i32 = row / t / group / kv_heads;
+        let length: i32 = length_of(lengths, batch, most);
+        let lo: i32 = decode_first(options, length, t, i, window);
+        let hi: i32 = decode_end(options, length, t, i);
+        let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
+        if used > 1i32 {
+            let all: Tile<f32, { [] }> = reduce_max(part_logits(state, pid.0 * splits, used), 0i32);
+            let m: f32 = tile_to_scalar(all);
+            let mut sum: Tile<f32, { [W] }> = constant(0.0f32, const_shape![W]);
+            let at: i64 = wide(pid.0 * splits) * wide(2i32 * D * D + 2i32 * D) + wide(pid.1 * W);
+            let base: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
+            let shape: Shape<{ [-1, W] }> = Shape::<{ [-1, W] }> { dims: &[64i32] };
+            let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[2i32 * D * D + 2i32 * D] };
+            let view: Tensor<f32, { [-1, W] }> =
+                make_tensor_view(base, shape, strides, new_token_unordered());
+            let view: Partition<f32, { [16, W] }> = view.partition(const_shape![16, W]);
+            let nothing: Tile<f32, { [16, W] }> = constant(0.0f32, const_shape![16, W]);
+            for c in 0i32..ceil_div(used, 16i32) {
+                let (x, _token): (Tile<f32, { [16, W] }>, Token) = load_view_raw(
+                    &view,
+                    [c, 0i32],
+                    Some(new_token_unordered()),
+                    ordering::Weak,
+                    scope::TileBlock,
+                    tma::Disabled,
+                    None,
+                    [true, true],
+                    const_shape![16, W],
+                );
+                let at: i64 = wide(pid.0 * splits + c * 16i32) * wide(2i32);
+                let of: Tile<f32, { [16] }> =
+                    load_column::<f32, 16>(slice::<f32>(state, at), 2i32, used - c * 16i32);
+                let f: Tile<f32, { [16] }> = exp2(of - broadcast_scalar(m, const_shape![16]), ftz::Enabled);
+                let there: Tile<i32, { [16] }> = iota(const_shape![16]);
+                let there: Tile<bool, { [16] }> =
+                    lt_tile(there, broadcast_scalar(used - c * 16i32, const_shape![16]));
+                let there: Tile<bool, { [16, W] }> =
+                    there.reshape(const_shape![16, 1]).broadcast(const_shape![16, W]);
+                let f: Tile<f32, { [16, W] }> = f.reshape(const_shape![16, 1]).broadcast(const_shape![16, W]);
+                let part: Tile<f32, { [W] }> = reduce_sum(select(there, x * f, nothing), 0i32);
+                sum = sum + part;
+            }
+            store_column::<f32, W>(base, W, sum);
+        }
+    }
+
+    /// Solves for one query and writes its output, from its folded parts.
+    /// Grid (batch * kv_heads * group * t).
+    #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
+    pub unsafe fn lla_decode_merge<E: ElementType, const D: i32>(
+        q: *mut E,
+        k: *mut E,
+        table: *mut i32,
+        lengths: *mut i32,
+        moments: *mut f32,
+        state: *mut f32,
+        ridge: *mut f32,      // [batch, heads, t], strided
+        out: *mut E,          // out [batch, heads, t, dv], strided
+        lse: *mut f32,        // out [batch, heads, t], natural
+        key_mean: *mut f32,   // out [batch, heads, t, d] if save_state
+        probe: *mut f32,      // out [batch, heads, t, d] if save_state; in: the given one under option 16
+        iterations: *mut i32, // out [batch, heads, t] if diagnostics
+        relative: *mut f32,   // out [batch, heads, t] if diagnostics: |r| / |delta|
+        options: i32,         // 1 causal, 2 window, 16 probe given, 64 block table
+        first_row: i32,       // the row of block 0
+        kv_heads: i32,
+        group: i32,
+        t: i32,
+        window: i32,
+        most: i32, // keys that a sequence has room for
+        width: i32,
+        pages: i32,
+        page_size: i32,
+        splits: i32,
+        split_keys: i32, // keys of a split: a multiple of `tile`
+        tile: i32,       // keys of a tile of the split
+        d: i32,
+        dv: i32,
+        q_batch: i64,
+        q_head: i64,
+        q_row: i32,
+        k_page: i32,
+        k_head: i64,
+        k_row: i32,
+        ridge_batch: i32,
+        ridge_head: i32,
+        ridge_row: i32,
+        out_batch: i64,
+        out_head: i64,
+        out_row: i32,
+        tolerance2: f32, // square of the relative residual asked for
+        max_iterations: i32,
+        save_state: i32,
+        diagnostics: i32,
+    ) {
+        let pid: (i32, i32, i32) = get_tile_block_id();
+        let row: i32 = first_row + pid.0;
+        let i: i32 = row % t;
+        let g: i32 = row / t % group;
+        let kv: i32 = row / t / group;
+        let batch: i32 = kv / kv_heads;
+        let head: i32 = kv % kv_heads;
+        let query_head: i32 = head * group + g;
+        let length: i32 = length_of(lengths, batch, most);
+        let lo: i32 = decode_first(options, length, t, i, window);
+        let hi: i32 = decode_end(options, length, t, i);
+        let out_at: i64 = wide(batch) * out_batch + wide(query_head) * out_head + wide(i) * wide(out_row);
+        if hi <= lo {
+            let zero: Tile<E, { [D] }> = constant(E::ZERO, const_shape![D]);
+            let zeros: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+            store_column::<E, D>(slice::<E>(out, out_at), dv, zero);
+            let empty: Tile<f32, { [1] }> = constant(f32::NEG_INFINITY, const_shape![1]);
+            store_column::<f32, 1>(slice::<f32>(lse, wide(row)), 1i32, empty);
+            if save_state != 0i32 {
+                store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, zeros);
+                if (options & 16i32) == 0i32 {
+                    store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, zeros);
+                }
+            }
+            if diagnostics != 0i32 {
+                let none: Tile<i32, { [1] }> = constant(0i32, const_shape![1]);
+                store_column::<i32, 1>(slice::<i32>(iterations, wide(row)), 1i32, none);
+                store_number(relative, wide(row), 0.0f32);
+            }
+        } else {
+            let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
+            let part: i32 = pid.0 * splits;
+            let logits: Tile<f32, { [64] }> = part_logits(state, part, used);
+            let all: Tile<f32, { [] }> = reduce_max(logits, 0i32);
+            let m: f32 = tile_to_scalar(all);
+            let weights: Tile<f32, { [64] }> =
+                load_column::<f32, 64>(slice::<f32>(state, wide(part) * wide(2i32) + wide(1i32)), 2i32, used);
+            let f: Tile<f32, { [64] }> = exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
+            let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
+            let l: f32 = tile_to_scalar(all);
+            let s: Tile<f32, { [D, D] }> = load_square::<D>(moments, part, 0i32);
+            let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
+            let k_sum: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at, D);
+            let v_sum: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at + wide(D), D);
+            let inverse: f32 = 1.0f32 / l;
+            let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
+            let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
+            let mut page: i32 = batch;
+            if (options & 64i32) != 0i32 {
+                page = page_of::<1>(table, width, batch, lo, page_size, pages);
+            }
+            let shift: Tile<f32, { [D] }> = load_one::<E, D>(
+                k,
+                wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
+                d,
+            );
+            let at: i64 = wide(batch) * q_batch + wide(query_head) * q_head + wide(i) * wide(q_row);
+            let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
+            let delta: Tile<f32, { [D] }> = mean - (query - shift);
+            let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
+            let mean_c: Tile<f32, { [D, 1] }> = mean.reshape(const_shape![D, 1]);
+            let mut x: Tile<f32, { [1, D] }> = constant(0.0f32, const_shape![1, D]);
+            let mut it: i32 = 0i32;
+            let mut left: f32 = 0.0f32;
+            if (options & 16i32) != 0i32 {
+                let given: Tile<f32, { [D] }> = load_one::<f32, D>(probe, wide(row) * wide(d), d);
+                x = given.reshape(const_shape![1, D]);
+            } else {
+                // Vectors are rows; the covariance is symmetric, so that a product with a column gives a row.
+                let c: Tile<f32, { [D, D] }> = s * broadcast_scalar(inverse, const_shape![D, D])
+                    - mean_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
+                let ridge_at: i32 = batch * ridge_batch + query_head * ridge_head + i * ridge_row;
+                let lambda: f32 = load_scalar(slice::<f32>(ridge, wide(ridge_at)));
+                let mut r_r: Tile<f32, { [1, D] }> = delta.reshape(const_shape![1, D]);
+                let mut d_r: Tile<f32, { [1, D] }> = r_r;
+                let rr: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
+                let mut rr: f32 = single(rr.reshape(const_shape![1, 1]));
+                let start: f32 = rr;
+                while (it < max_iterations) && (rr > tolerance2 * start) {
+                    let d_c: Tile<f32, { [D, 1] }> = d_r.reshape(const_shape![D, 1]);
+                    let c_d: Tile<f32, { [D] }> = reduce_sum(c * d_c.broadcast(const_shape![D, D]), 0i32);
+                    let c_d: Tile<f32, { [1, D] }> = c_d.reshape(const_shape![1, D]);
+                    let a_r: Tile<f32, { [1, D] }> = c_d + d_r * broadcast_scalar(lambda, const_shape![1, D]);
+                    let along: Tile<f32, { [1] }> = reduce_sum(d_r * a_r, 1i32);
+                    let step: f32 = rr / single(along.reshape(const_shape![1, 1]));
+                    x = x + d_r * broadcast_scalar(step, const_shape![1, D]);
+                    r_r = r_r - a_r * broadcast_scalar(step, const_shape![1, D]);
+                    let now: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
+                    let now: f32 = single(now.reshape(const_shape![1, 1]));
+                    let turn: f32 = now / rr;
+                    d_r = r_r + d_r * broadcast_scalar(turn, const_shape![1, D]);
+                    rr = now;
+                    it = it + 1i32;
+                }
+                if start > 0.0f32 {
+                    left = rr / start;
+                }
+                // A system that holds no numbers ends at once: its answer is no number either.
+                if start != start {
+                    x = broadcast_scalar(start, const_shape![1, D]);
+                }
+            }
+            let cov: Tile<f32, { [D, D] }> = load_square::<D>(moments, part, 1i32);
+            let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
+            let cov: Tile<f32, { [D, D] }> = cov * broadcast_scalar(inverse, const_shape![D, D])
+                - v_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
+            let along: Tile<f32, { [D] }> = reduce_sum(cov * x.broadcast(const_shape![D, D]), 1i32);
+            let found: Tile<f32, { [D] }> = v_mean - along;
+            // One number of it that is not finite makes all of it not a number.
+            let nothing: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+            let spoilt: Tile<f32, { [D] }> = found * nothing;
+            let sum: Tile<f32, { [] }> = reduce_sum(spoilt, 0i32);
+            let sum: f32 = tile_to_scalar(sum);
+            let spoilt: Tile<f32, { [D] }> = broadcast_scalar(sum, const_shape![D]);
+            let found: Tile<f32, { [D] }> = found + spoilt;
+            let result: Tile<E, { [D] }> = convert_tile(found);
+            store_column::<E, D>(slice::<E>(out, out_at), dv, result);
+            let log: Tile<f32, { [1, 1] }> = log2(number(l));
+            store_number(lse, wide(row), (m + single(log)) * 0.6931471805599453f32);
+            if save_state != 0i32 {
+                store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, mean + shift);
+                if (options & 16i32) == 0i32 {
+                    let x: Tile<f32, { [D] }> = x.reshape(const_shape![D]);
+                    store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, x);
+                }
+            }
+            if diagnostics != 0i32 {
+                store_column::<i32, 1>(
+                    slice::<i32>(iterations, wide(row)),
+                    1i32,
+                    broadcast_scalar(it, const_shape![1]),
+                );
+                store_number(
+                    relative,
+                    wide(row),
+                    single(sqrt(number(left), rounding::NearestEven, ftz::Disabled)),
+                );
+            }
+        }
+    }
+}
