@@ -166,9 +166,9 @@ impl DecodePlan {
             state,
             diagnostics,
         };
-        let stream = stream as RawStream;
         // SAFETY: Python vouches for its tensors: of this GPU, as large as described, valid in the order of the stream.
-        py.detach(|| unsafe { self.plan.run(stream, &pointers, longest, Some(scratch)) }).map_err(raised)
+        py.detach(|| unsafe { self.plan.run(stream as RawStream, &pointers, longest, Some(scratch)) })
+            .map_err(raised)
     }
 }
 
@@ -230,9 +230,8 @@ impl CacheWriter {
             sequences,
             tokens,
         };
-        let stream = stream as RawStream;
         // SAFETY: as above.
-        py.detach(|| unsafe { self.writer.run(stream, &write, self.layout, self.table_width) })
+        py.detach(|| unsafe { self.writer.run(stream as RawStream, &write, self.layout, self.table_width) })
             .map_err(raised)
     }
 }

@@ -78,7 +78,9 @@ class KvCache:
             raise ValueError(f"pages: {pages} is not allowed; it must be None without page_size")
         if page_size is not None:
             if page_size < 1 or (pages is not None and pages < 0):
-                raise ValueError(f"page_size: {page_size} with {pages} pages is not allowed; it must be a power of two from 16")
+                raise ValueError(
+                    f"page_size: {page_size} with {pages} pages is not allowed; it must be a power of two from 16"
+                )
             pages = sequences * -(-max_len // page_size) if pages is None else pages
         self._pages = _flashlla.Pages(sequences, max_len, page_size, pages)
         self._paged = page_size is not None
@@ -182,8 +184,12 @@ class KvCache:
         Raises `CacheFullError` (a `ValueError`) where there is no room.
         """
         rows = len(self._pages.lengths) if sequence is None else 1
-        if type(k) is not type(self.k) and not (torch is not None and isinstance(k, torch.Tensor) and isinstance(self.k, torch.Tensor)):
-            raise TypeError(f"k: {type(k).__name__} is not allowed; it must be a {type(self.k).__name__}, as the cache is")
+        if type(k) is not type(self.k) and not (
+            torch is not None and isinstance(k, torch.Tensor) and isinstance(self.k, torch.Tensor)
+        ):
+            raise TypeError(
+                f"k: {type(k).__name__} is not allowed; it must be a {type(self.k).__name__}, as the cache is"
+            )
         check_axes("k", k.shape, self.layout)
         n = heads_first(k, self.layout).shape[2]
         for argument, x, dim in (("k", k, self.head_dim), ("v", v, self.value_dim)):
@@ -191,7 +197,9 @@ class KvCache:
             check_axes(argument, x.shape, self.layout)
             if tuple(heads_first(x, self.layout).shape) != expected:
                 names = "batch, KV heads, tokens, dim" + (" before the layout" if self.layout != "bhnd" else "")
-                raise ValueError(f"{argument}: shape {list(x.shape)} does not fit; it must be {list(expected)} ({names})")
+                raise ValueError(
+                    f"{argument}: shape {list(x.shape)} does not fit; it must be {list(expected)} ({names})"
+                )
             if x.dtype != self.k.dtype:
                 raise TypeError(f"{argument}: dtype {x.dtype} does not match the cache's {self.k.dtype}")
             if self._on_gpu and x.device != self.k.device:

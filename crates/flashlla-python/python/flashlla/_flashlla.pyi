@@ -66,7 +66,6 @@ def cuda_forward_plan(
 def cuda_backward_plan(
     device: int, layout: str, dtype: str, grad_dtype: str, sizes: dict[str, Any], options: dict[str, Any]
 ) -> BackwardPlan: ...
-
 def cuda_decode_plan(device: int, dtype: str, sizes: dict[str, Any], options: dict[str, Any]) -> DecodePlan: ...
 def cuda_cache_writer(
     device: int,

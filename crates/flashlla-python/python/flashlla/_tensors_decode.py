@@ -180,7 +180,9 @@ def _plan(
     if k[1:3] != v[1:3] or k[0] != v[0]:
         raise ValueError(f"v_cache: shape {list(v)} does not fit; it must be {list(k[:3])} and value_dim")
     if k[3] != q[3] or (table_width is None and k[0] != q[0]):
-        raise ValueError(f"k_cache: shape {list(k)} does not fit; head_dim (and without a block table batch) must be q's")
+        raise ValueError(
+            f"k_cache: shape {list(k)} does not fit; head_dim (and without a block table batch) must be q's"
+        )
     sizes = {"q": q, "k": k, "v": v, "table_width": table_width}
     return _flashlla.cuda_decode_plan(device, NAMES[dtype], sizes, options.given(None, None))
 
