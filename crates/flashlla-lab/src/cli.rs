@@ -55,7 +55,7 @@ pub enum Command {
     ///
     /// Times are medians over repeats after a warm-up, on normally distributed inputs. The machine's own rate of matrix
     /// products, in the same arithmetic and on the same threads, is measured in the same run; efficiency is the ratio of
-    /// the two. With --op decode, the yardstick is the rate at which the same cache can merely be summed. A table on a terminal;
+    /// the two. With --op decode, the yardstick is the rate at which the same cache can merely be summed, or on a GPU copied. A table on a terminal;
     /// JSON lines with --json or into a pipe.
     #[command(after_long_help = bench::EXAMPLES)]
     Bench(BenchArgs),

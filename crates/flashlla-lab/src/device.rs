@@ -2,7 +2,7 @@
 
 use crate::options::Device;
 use crate::{Error, Result};
-use flashlla::{Cpu, Element, Engine, OtherGradients, Problem, State, View, ViewMut};
+use flashlla::{Cpu, Decoding, Element, Engine, OtherGradients, Problem, State, View, ViewMut};
 
 /// The engine of any device.
 #[derive(Debug, Clone)]
@@ -39,6 +39,18 @@ impl Engine for AnyEngine {
             Self::Cpu(engine) => engine.forward_into(problem, out),
             #[cfg(feature = "cuda")]
             Self::Cuda(engine) => engine.forward_into(problem, out),
+        }
+    }
+
+    fn decode_into<T: Element, O: Element>(
+        &self,
+        decoding: &Decoding<T>,
+        out: ViewMut<O>,
+    ) -> flashlla::Result<State<T::Acc>> {
+        match self {
+            Self::Cpu(engine) => engine.decode_into(decoding, out),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(engine) => engine.decode_into(decoding, out),
         }
     }
 

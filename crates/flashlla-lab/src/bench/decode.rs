@@ -1,13 +1,14 @@
 //! `flashlla bench --op decode`: one step of generation against a cache, as a share of the rate at which the same cache can
-//! merely be summed.
+//! merely be summed, or on a GPU copied.
 
 use super::{BenchArgs, repeat};
+use crate::device::AnyEngine;
 use crate::files::Stored;
 use crate::options::{Device, Dtype, thread_pool};
 use crate::summary::duration;
 use crate::{Error, Result, stdout};
 use clap::Args;
-use flashlla::{Attention, CacheView, Cpu, Engine, Tensor, View};
+use flashlla::{Attention, AttentionBuilder, CacheView, Cpu, Diagnostics, Engine, Tensor, View};
 use rand::seq::SliceRandom;
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -42,7 +43,7 @@ pub struct DecodeArgs {
     #[arg(long, value_name = "D", default_values_t = [64], value_parser = clap::value_parser!(u16).range(1..=256))]
     pub dim: Vec<u16>,
 
-    /// Pages of so many tokens in random order, a power of two from 16 [default: contiguous]
+    /// Pages of so many tokens, a power of two from 16, on the CPU in random order [default: contiguous]
     #[arg(long, value_name = "TOKENS", value_parser = page_size)]
     pub page_size: Option<usize>,
 }
@@ -72,7 +73,8 @@ struct Line {
     fastest_seconds: f64,
     bytes: usize,
     bytes_per_second: f64,
-    sum_bytes_per_second: f64,
+    /// At which the cache is summed (CPU) or copied (GPU, bytes read and written).
+    yardstick_bytes_per_second: f64,
     share: f64,
     iterations_max: u32,
     direct: usize,
@@ -84,18 +86,16 @@ pub fn run<T: Stored>(args: &BenchArgs) -> Result<()>
 where
     StandardNormal: Distribution<T::Acc>,
 {
-    if args.device != Device::Cpu {
-        return Err(Error::usage("--device: --op decode measures the CPU engine; leave it out, or say cpu"));
-    }
     if !args.shape.is_empty() {
         return Err(Error::usage(
             "--shape: --op decode takes --batch, --kv-heads, --context and --dim instead",
         ));
     }
+    AnyEngine::open(args.device)?;
     let table = !args.json && std::io::stdout().is_terminal();
     if table {
         stdout::line(
-            "batch kv_heads group queries context  dim         time     GB/s  sum GB/s  share  iterations direct",
+            "batch kv_heads group queries context  dim         time     GB/s  all GB/s  share  iterations direct",
         )?;
     }
     let o = &args.decode;
@@ -121,7 +121,7 @@ fn row(line: &Line) -> String {
         line.head_dim,
         duration(line.seconds),
         line.bytes_per_second / 1e9,
-        line.sum_bytes_per_second / 1e9,
+        line.yardstick_bytes_per_second / 1e9,
         format!("{:.0} %", line.share * 100.0),
         line.iterations_max,
         line.direct
@@ -135,8 +135,7 @@ where
     let o = &args.decode;
     let (kv_heads, queries) = (usize::from(o.kv_heads), usize::from(o.queries));
     let size = o.page_size.unwrap_or(context);
-    let (width, failed) = (context.div_ceil(size), |error| Error::failed(error));
-    let pages = batch * width;
+    let pages = batch * context.div_ceil(size);
     let mut rng = StdRng::seed_from_u64(args.seed);
     let (k, v) = (
         pool::<T>(&mut rng, pages * size * kv_heads * dim),
@@ -150,43 +149,18 @@ where
             .collect(),
         &[batch, kv_heads * group, queries, dim],
     );
-    let lengths = vec![context; batch];
-    let cache = match o.page_size {
-        None => {
-            let shape = [batch, kv_heads, size, dim];
-            let view = |data| View::bhnd(data, shape).map_err(failed);
-            CacheView::contiguous(view(&k)?, view(&v)?, &lengths)
-        }
-        Some(_) => {
-            let shape = [pages, size, kv_heads, dim];
-            let view = |data| View::bnhd(data, shape).map_err(failed);
-            let mut table: Vec<i32> = (0..pages as i32).collect();
-            table.shuffle(&mut rng);
-            CacheView::paged(view(&k)?, view(&v)?, &table, &lengths)
-        }
-    }
-    .map_err(failed)?;
-    let attention = Attention::builder_for_cache(&q.view(), &cache)
-        .ridge(args.ridge)
-        .solver(args.solver.solver(size_of::<T::Acc>() == 8, dim)?)
-        .precision(args.solver.precision.into())
-        .build()
-        .map_err(|error| Error::usage(format_args!("--op decode: {error}")))?;
-    let decoding = attention.decoding(q.view(), &cache).map_err(failed)?;
-
-    let mut sum = || Ok(std::hint::black_box(sum::<T>(&k) + sum::<T>(&v)));
-    sum()?;
-    let (sums, _) = repeat(args.repeats, &mut sum)?;
-    let mut out = Tensor::<T::Acc>::zeros(&attention.out_shape());
-    let mut decode = || Cpu::new().decode_into(&decoding, out.view_mut()).map_err(failed);
-    decode()?;
-    let (mut times, last) = repeat(args.repeats, &mut decode)?;
+    let given = Given { args, q, k, v, batch, pages, size, context, dim };
+    let mut measured = match args.device {
+        Device::Cpu => given.on_cpu(&mut rng)?,
+        #[cfg(feature = "cuda")]
+        Device::Cuda => given.on_gpu()?,
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda => unreachable!("refused before"),
+    };
+    let times = &mut measured.times;
     times.sort_by(f64::total_cmp);
     let seconds = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
-    let bytes = cache.bytes_in_use();
-    // Of the sums the fastest: what the memory gives when nothing disturbs it.
-    let sum_seconds = sums.into_iter().fold(f64::INFINITY, f64::min);
-    let sum_bytes_per_second = ((k.len() + v.len()) * size_of::<T>()) as f64 / sum_seconds;
+    let bytes = 2 * batch * kv_heads * context * dim * size_of::<T>();
     let bytes_per_second = bytes as f64 / seconds;
     Ok(Line {
         op: "decode",
@@ -205,12 +179,142 @@ where
         fastest_seconds: times[0],
         bytes,
         bytes_per_second,
-        sum_bytes_per_second,
-        share: bytes_per_second / sum_bytes_per_second,
-        iterations_max: last.diagnostics.max_iterations(),
-        direct: last.diagnostics.direct,
-        flop_per_second: last.diagnostics.flop as f64 / seconds,
+        yardstick_bytes_per_second: measured.yardstick,
+        share: bytes_per_second / measured.yardstick,
+        iterations_max: measured.diagnostics.max_iterations(),
+        direct: measured.diagnostics.direct,
+        flop_per_second: measured.diagnostics.flop as f64 / seconds,
     })
+}
+
+/// What is decoded.
+struct Given<'a, T: Stored> {
+    args: &'a BenchArgs,
+    q: Tensor<T>,
+    /// Pools of `pages` pages of `size` tokens.
+    k: Vec<T>,
+    v: Vec<T>,
+    batch: usize,
+    pages: usize,
+    size: usize,
+    context: usize,
+    dim: usize,
+}
+
+struct Measured {
+    /// Seconds of each decoding.
+    times: Vec<f64>,
+    /// Bytes per second at which the cache is summed or copied.
+    yardstick: f64,
+    diagnostics: Diagnostics,
+}
+
+fn failed(error: flashlla::Error) -> Error {
+    Error::failed(error)
+}
+
+impl<T: Stored> Given<'_, T> {
+    fn attention(&self, builder: AttentionBuilder) -> Result<Attention> {
+        let args = self.args;
+        builder
+            .ridge(args.ridge)
+            .solver(args.solver.solver(size_of::<T::Acc>() == 8, self.dim)?)
+            .precision(args.solver.precision.into())
+            .build()
+            .map_err(|error| Error::usage(format_args!("--op decode: {error}")))
+    }
+
+    fn on_cpu(&self, rng: &mut impl Rng) -> Result<Measured> {
+        let Self { args, q, k, v, batch, pages, size, context, dim } = self;
+        let kv_heads = usize::from(args.decode.kv_heads);
+        let lengths = vec![*context; *batch];
+        let cache = match args.decode.page_size {
+            None => {
+                let shape = [*batch, kv_heads, *size, *dim];
+                let view = |data| View::bhnd(data, shape).map_err(failed);
+                CacheView::contiguous(view(k)?, view(v)?, &lengths)
+            }
+            Some(_) => {
+                let shape = [*pages, *size, kv_heads, *dim];
+                let view = |data| View::bnhd(data, shape).map_err(failed);
+                let mut table: Vec<i32> = (0..*pages as i32).collect();
+                table.shuffle(rng);
+                CacheView::paged(view(k)?, view(v)?, &table, &lengths)
+            }
+        }
+        .map_err(failed)?;
+        let attention = self.attention(Attention::builder_for_cache(&q.view(), &cache))?;
+        let decoding = attention.decoding(q.view(), &cache).map_err(failed)?;
+        let mut sum = || Ok(std::hint::black_box(sum::<T>(k) + sum::<T>(v)));
+        sum()?;
+        let (sums, _) = repeat(args.repeats, &mut sum)?;
+        let mut out = Tensor::<T::Acc>::zeros(&attention.out_shape());
+        let mut decode = || Cpu::new().decode_into(&decoding, out.view_mut()).map_err(failed);
+        decode()?;
+        let (times, last) = repeat(args.repeats, &mut decode)?;
+        // Of the sums the fastest: what the memory gives when nothing disturbs it.
+        let seconds = sums.into_iter().fold(f64::INFINITY, f64::min);
+        let yardstick = ((k.len() + v.len()) * size_of::<T>()) as f64 / seconds;
+        Ok(Measured { times, yardstick, diagnostics: last.diagnostics })
+    }
+
+    /// Queries come from the host and outputs go back to it, which is waited for: some 0.1 ms. `scripts/gpu_decode.py` times the
+    /// kernels alone.
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> Result<Measured> {
+        use flashlla::cuda::DeviceCache;
+        let Self { args, q, k, v, batch, context, dim, .. } = self;
+        let (batch, context, dim) = (*batch, *context, *dim);
+        let kv_heads = usize::from(args.decode.kv_heads);
+        let cuda = flashlla::Cuda::new().map_err(failed)?;
+        // One sequence more, as room for a copy.
+        let shape = flashlla::CacheShape {
+            sequences: batch + 1,
+            kv_heads,
+            head_dim: dim,
+            value_dim: dim,
+            max_len: context,
+        };
+        let tokens = |data| View::bhnd(data, [1, kv_heads, context, dim]).map_err(failed);
+        let each = kv_heads * context * dim;
+        let fill = |cache: &mut DeviceCache<T>| -> Result<()> {
+            for b in 0..batch {
+                let (k, v) = (tokens(&k[b * each..][..each])?, tokens(&v[b * each..][..each])?);
+                cache.append_to(b, k, v).map_err(failed)?;
+            }
+            Ok(())
+        };
+        let mut contiguous = DeviceCache::<T>::contiguous_on(&cuda, shape).map_err(failed)?;
+        fill(&mut contiguous)?;
+        let mut copy = || -> Result<()> {
+            contiguous.fork(0, batch).map_err(failed)?;
+            contiguous.free(batch).map_err(failed)
+        };
+        copy()?;
+        let (copies, ()) = repeat(args.repeats, &mut copy)?;
+        let seconds = copies.into_iter().fold(f64::INFINITY, f64::min);
+        let yardstick = (2 * 2 * each * size_of::<T>()) as f64 / seconds;
+        let cache = match args.decode.page_size {
+            None => contiguous,
+            Some(size) => {
+                drop(contiguous);
+                let pages = batch * context.div_ceil(size);
+                let mut cache = DeviceCache::<T>::paged_on(&cuda, shape, size, pages).map_err(failed)?;
+                fill(&mut cache)?;
+                cache
+            }
+        };
+        // The sequence in no use has a query too, which sees nothing.
+        let [heads, queries] = [q.shape()[1], q.shape()[2]];
+        let mut rows = q.data().to_vec();
+        rows.resize(rows.len() + heads * queries * dim, T::default());
+        let q = Tensor::new(rows, &[batch + 1, heads, queries, dim]);
+        let attention = self.attention(Attention::builder_for_device_cache(&q.view(), &cache))?;
+        let mut decode = || cache.decode(&attention, q.view()).map_err(failed);
+        decode()?;
+        let (times, last) = repeat(args.repeats, &mut decode)?;
+        Ok(Measured { times, yardstick, diagnostics: last.state.diagnostics })
+    }
 }
 
 /// Normally distributed numbers: a block of them, over and over from different places, since drawing each would take minutes.
