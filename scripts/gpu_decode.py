@@ -14,6 +14,7 @@ import torch
 from gpu_kernels import NAMES, Kernels, aligned, error, f32, graph_ms, i32, i64, ptr
 
 BLOCKS = {64: 264, 128: 132}  # tile blocks that an H100 runs at a time
+FEW = 4  # up to so many splits are folded by the merge itself
 failures = 0
 
 
@@ -73,7 +74,7 @@ class Decode:
                      [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where + [i32(splits), i32(step * bn), i32(bn)])
         self.merge = (f"lla_decode_merge_{NAMES[q.dtype]}_d{pad}", "lla_decode_merge", (rows,),
                       [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
-                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options + 64 * (table is not None))] + where
+                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options + 64 * (table is not None) + 128 * (1 < splits <= FEW))] + where
                       + [i32(width), i32(pages), i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
                       + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
                       + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
@@ -82,7 +83,7 @@ class Decode:
 
     def __call__(self):
         self.kernels(*self.split)
-        if self.splits > 1:
+        if self.splits > FEW:
             self.kernels(*self.fold)
         self.kernels(*self.merge)
         return self

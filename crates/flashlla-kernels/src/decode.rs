@@ -179,6 +179,15 @@ pub mod decode {
         tile
     }
 
+    /// What a part's moments count beside the others': nothing to do where they were folded (option 128: they were not).
+    pub unsafe fn part_factor(options: i32, state: *mut f32, part: i32, m: f32) -> f32 {
+        let mut f: f32 = 1.0f32;
+        if (options & 128i32) != 0i32 {
+            f = power(load_scalar(slice::<f32>(state, wide(part) * wide(2i32))) - m);
+        }
+        f
+    }
+
     /// Largest logits of up to 64 parts of a query, far below any where there is no part.
     pub unsafe fn part_logits(state: *mut f32, first: i32, used: i32) -> Tile<f32, { [64] }> {
         let m: Tile<f32, { [64] }> =

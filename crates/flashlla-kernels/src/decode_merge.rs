@@ -90,7 +90,7 @@ pub mod decode_merge {
         probe: *mut f32,      // out [batch, heads, t, d] if save_state; in: the given one under option 16
         iterations: *mut i32, // out [batch, heads, t] if diagnostics
         relative: *mut f32,   // out [batch, heads, t] if diagnostics: |r| / |delta|
-        options: i32,         // 1 causal, 2 window, 16 probe given, 64 block table
+        options: i32,         // 1 causal, 2 window, 16 probe given, 64 block table, 128 not folded yet
         first_row: i32,       // the row of block 0
         kv_heads: i32,
         group: i32,
@@ -162,10 +162,24 @@ pub mod decode_merge {
             let f: Tile<f32, { [64] }> = exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
             let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
             let l: f32 = tile_to_scalar(all);
-            let s: Tile<f32, { [D, D] }> = load_square::<D>(moments, part, 0i32);
-            let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
-            let k_sum: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at, D);
-            let v_sum: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at + wide(D), D);
+            // Few splits are folded right here.
+            let mut parts: i32 = 1i32;
+            if (options & 128i32) != 0i32 {
+                parts = used;
+            }
+            let mut s: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+            let mut k_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+            let mut v_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+            for c in 0i32..parts {
+                let f: f32 = part_factor(options, state, part + c, m);
+                let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 0i32);
+                s = s + x * broadcast_scalar(f, const_shape![D, D]);
+                let at: i64 = wide(part + c) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
+                let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at, D);
+                k_sum = k_sum + x * broadcast_scalar(f, const_shape![D]);
+                let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at + wide(D), D);
+                v_sum = v_sum + x * broadcast_scalar(f, const_shape![D]);
+            }
             let inverse: f32 = 1.0f32 / l;
             let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
             let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
@@ -224,7 +238,12 @@ pub mod decode_merge {
                     x = broadcast_scalar(start, const_shape![1, D]);
                 }
             }
-            let cov: Tile<f32, { [D, D] }> = load_square::<D>(moments, part, 1i32);
+            let mut cov: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+            for c in 0i32..parts {
+                let f: f32 = part_factor(options, state, part + c, m);
+                let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 1i32);
+                cov = cov + x * broadcast_scalar(f, const_shape![D, D]);
+            }
             let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
             let cov: Tile<f32, { [D, D] }> = cov * broadcast_scalar(inverse, const_shape![D, D])
                 - v_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);

@@ -118,7 +118,7 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                     ..decode("lla_decode_split", dtype, d, generics, warps, occupancy)
                 });
             }
-            let (warps, occupancy) = if d == 64 { (4, 2) } else { (8, 1) };
+            let (warps, occupancy) = if d == 64 { (4, 4) } else { (8, 2) };
             list.push(decode(
                 "lla_decode_merge",
                 dtype,

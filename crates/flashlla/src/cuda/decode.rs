@@ -12,6 +12,8 @@ use std::sync::Arc;
 pub const DECODE_TOLERANCE: f64 = 1e-5;
 /// The most splits of a context: what the merging kernels take.
 const MOST_SPLITS: usize = 64;
+/// Up to so many splits are folded by the merge itself, which saves a launch; more take it longer than the launch.
+const FEW_SPLITS: usize = 4;
 /// Key tiles of a split: fewer are not worth a block, and a tensor core's sums lose digits over more.
 const SPLIT_TILES: std::ops::RangeInclusive<usize> = 2..=256;
 /// Rows are decoded in groups whose moments take no more than this, in bytes.
@@ -318,6 +320,7 @@ impl DecodePlan {
             arguments.i32s([page as i32]).i64s([head]).i32s([slot as i32])
         };
         let options = self.options + option::PROBE_GIVEN * i32::from(p.probe.is_some());
+        let folded = plan.splits > FEW_SPLITS;
         for first in (0..self.rows()).step_by(plan.rows) {
             let rows = plan.rows.min(self.rows() - first);
             let common = |options: i32| {
@@ -337,7 +340,11 @@ impl DecodePlan {
             let merge = Arguments::new()
                 .pointers([p.q.ptr, p.k.ptr, table, p.lengths, moments, state, ridge.ptr, p.out.ptr])
                 .pointers([lse, key_mean, p.probe.unwrap_or(probe_out), iterations, relative])
-                .then(&common(options + option::BLOCK_TABLE * i32::from(paged)))
+                .then(&common(
+                    options
+                        + option::BLOCK_TABLE * i32::from(paged)
+                        + option::NOT_FOLDED * i32::from(!folded),
+                ))
                 .i32s([int(table_width), int(pages), int(page_size)])
                 .i32s(cut)
                 .i32s([int(a.head_dim()), int(a.value_dim())]);
@@ -350,7 +357,7 @@ impl DecodePlan {
             // described, the scratch as large as the schedule laid out.
             unsafe {
                 self.split.launch([side(rows), side(plan.splits), 1], &split, stream)?;
-                if plan.splits > 1 {
+                if folded {
                     self.fold.launch([side(rows), side(self.width + 1), 1], &fold, stream)?;
                 }
                 self.merge.launch([side(rows), 1, 1], &merge, stream)?;

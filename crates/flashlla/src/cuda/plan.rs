@@ -25,6 +25,7 @@ pub(super) mod option {
     pub const PROBE_GIVEN: i32 = 16;
     pub const HEAVY_FIRST: i32 = 32;
     pub const BLOCK_TABLE: i32 = 64;
+    pub const NOT_FOLDED: i32 = 128;
 }
 
 /// A tensor `[batch, head, token, dim]` in device memory, its dims side by side.
