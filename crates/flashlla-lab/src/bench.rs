@@ -171,6 +171,9 @@ where
     if args.op == Op::Decode {
         return decode::run::<T>(args);
     }
+    if let Some(option) = args.decode.given() {
+        return Err(Error::usage(format_args!("{option}: only together with --op decode; leave it out")));
+    }
     let shapes = match &args.shape[..] {
         [] => &[[1, 1, 1024, 64], [1, 1, 4096, 64], [1, 1, 1024, 128], [1, 1, 4096, 128]],
         shapes => shapes,

@@ -109,3 +109,41 @@ fn bench_refuses_shapes_that_are_not_four_positive_numbers() {
         assert!(stdout.is_empty() && stderr.contains("--shape") && stderr.lines().count() == 1, "{stderr}");
     }
 }
+
+#[test]
+fn bench_of_decoding_prints_a_line_of_json_per_cache() {
+    let small =
+        ["bench", "--op", "decode", "--context", "40", "--context", "100", "--kv-heads", "2", "--dim", "8"];
+    for more in
+        [&["--group", "2", "--queries", "3"][..], &["--page-size", "16", "--batch", "2", "--dtype", "bf16"]]
+    {
+        let (output, text, stderr) = run(&[&small[..], more, &["--repeats", "2", "--threads", "1"]].concat());
+        assert!(output.status.success(), "{stderr}");
+        let lines: Vec<serde_json::Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines.iter().map(|line| line["context"].as_u64().unwrap()).collect::<Vec<_>>(), [40, 100]);
+        for line in &lines {
+            let number = |key: &str| line[key].as_f64().unwrap_or_else(|| panic!("{key} in {line}"));
+            let size = if line["dtype"] == "bf16" { 2.0 } else { 4.0 };
+            assert_eq!(number("bytes"), 2.0 * number("batch") * 2.0 * number("context") * 8.0 * size);
+            assert!((number("bytes_per_second") * number("seconds") / number("bytes") - 1.0).abs() < 1e-6);
+            let share = number("bytes_per_second") / number("yardstick_bytes_per_second");
+            assert!(share > 0.0 && (number("share") / share - 1.0).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn options_of_decoding_are_for_decoding() {
+    for (args, named) in [
+        (&["bench", "--context", "100"][..], "--context"),
+        (&["bench", "--op", "forward", "--page-size", "16"], "--page-size"),
+        (&["bench", "--op", "decode", "--shape", "1,1,8,8"], "--shape"),
+        (&["bench", "--op", "decode", "--page-size", "24"], "--page-size"),
+        (&["bench", "--op", "decode", "--queries", "17"], "--queries"),
+    ] {
+        let (output, stdout, stderr) = run(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(stdout.is_empty() && stderr.contains(named) && stderr.lines().count() == 1, "{stderr}");
+    }
+}

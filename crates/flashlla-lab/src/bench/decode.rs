@@ -19,33 +19,54 @@ use std::io::IsTerminal;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Decode (--op decode)")]
 pub struct DecodeArgs {
-    /// Tokens that each sequence's cache holds; may be given more than once
-    #[arg(long, value_name = "TOKENS", default_values_t = [2048, 16384], value_parser = clap::value_parser!(u32).range(1..))]
+    /// Tokens that each sequence's cache holds; may be given more than once [default: 2048 16384]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub context: Vec<u32>,
 
-    /// Sequences; may be given more than once
-    #[arg(long, value_name = "COUNT", default_values_t = [1], value_parser = clap::value_parser!(u16).range(1..))]
+    /// Sequences; may be given more than once [default: 1]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
     pub batch: Vec<u16>,
 
-    /// Key and value heads
-    #[arg(long, value_name = "COUNT", default_value = "8", value_parser = clap::value_parser!(u16).range(1..))]
-    pub kv_heads: u16,
+    /// Key and value heads [default: 8]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub kv_heads: Option<u16>,
 
-    /// Query heads per KV head; may be given more than once
-    #[arg(long, value_name = "COUNT", default_values_t = [1], value_parser = clap::value_parser!(u16).range(1..))]
+    /// Query heads per KV head; may be given more than once [default: 1]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
     pub group: Vec<u16>,
 
-    /// New queries per sequence
-    #[arg(long, value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
-    pub queries: u16,
+    /// New queries per sequence [default: 1]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub queries: Option<u16>,
 
-    /// Head dimension; may be given more than once
-    #[arg(long, value_name = "D", default_values_t = [64], value_parser = clap::value_parser!(u16).range(1..=256))]
+    /// Head dimension; may be given more than once [default: 64]
+    #[arg(long, value_name = "D", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub dim: Vec<u16>,
 
     /// Pages of so many tokens, a power of two from 16, on the CPU in random order [default: contiguous]
     #[arg(long, value_name = "TOKENS", value_parser = page_size)]
     pub page_size: Option<usize>,
+}
+
+impl DecodeArgs {
+    /// The first option that was given.
+    pub fn given(&self) -> Option<&'static str> {
+        let all = [
+            ("--context", !self.context.is_empty()),
+            ("--batch", !self.batch.is_empty()),
+            ("--kv-heads", self.kv_heads.is_some()),
+            ("--group", !self.group.is_empty()),
+            ("--queries", self.queries.is_some()),
+            ("--dim", !self.dim.is_empty()),
+            ("--page-size", self.page_size.is_some()),
+        ];
+        all.into_iter().find(|(_, given)| *given).map(|(name, _)| name)
+    }
+}
+
+/// What was given, or else the default.
+fn or<'a, T>(given: &'a [T], default: &'a [T]) -> &'a [T] {
+    if given.is_empty() { default } else { given }
 }
 
 fn page_size(text: &str) -> Result<usize, String> {
@@ -100,14 +121,22 @@ where
     }
     let o = &args.decode;
     thread_pool(args.threads)?.install(|| {
-        for (&dim, &context) in o.dim.iter().flat_map(|dim| o.context.iter().map(move |n| (dim, n))) {
-            for (&batch, &group) in o.batch.iter().flat_map(|batch| o.group.iter().map(move |g| (batch, g))) {
+        let contexts = or(&o.context, &[2048, 16384]);
+        let (batches, groups) = (or(&o.batch, &[1]), or(&o.group, &[1]));
+        for (&dim, &context) in
+            or(&o.dim, &[64]).iter().flat_map(|dim| contexts.iter().map(move |n| (dim, n)))
+        {
+            for (&batch, &group) in batches.iter().flat_map(|batch| groups.iter().map(move |g| (batch, g))) {
                 let line = measure::<T>(args, [batch.into(), group.into(), context as usize, dim.into()])?;
                 if table { stdout::line(row(&line))? } else { stdout::json(&line)? }
             }
         }
         Ok(())
     })
+}
+
+fn kv_heads(args: &DecodeArgs) -> usize {
+    usize::from(args.kv_heads.unwrap_or(8))
 }
 
 fn row(line: &Line) -> String {
@@ -133,7 +162,7 @@ where
     StandardNormal: Distribution<T::Acc>,
 {
     let o = &args.decode;
-    let (kv_heads, queries) = (usize::from(o.kv_heads), usize::from(o.queries));
+    let (kv_heads, queries) = (kv_heads(o), usize::from(o.queries.unwrap_or(1)));
     let size = o.page_size.unwrap_or(context);
     let pages = batch * context.div_ceil(size);
     let mut rng = StdRng::seed_from_u64(args.seed);
@@ -226,7 +255,7 @@ impl<T: Stored> Given<'_, T> {
 
     fn on_cpu(&self, rng: &mut impl Rng) -> Result<Measured> {
         let Self { args, q, k, v, batch, pages, size, context, dim } = self;
-        let kv_heads = usize::from(args.decode.kv_heads);
+        let kv_heads = kv_heads(&args.decode);
         let lengths = vec![*context; *batch];
         let cache = match args.decode.page_size {
             None => {
@@ -265,7 +294,7 @@ impl<T: Stored> Given<'_, T> {
         use flashlla::cuda::DeviceCache;
         let Self { args, q, k, v, batch, context, dim, .. } = self;
         let (batch, context, dim) = (*batch, *context, *dim);
-        let kv_heads = usize::from(args.decode.kv_heads);
+        let kv_heads = kv_heads(&args.decode);
         let cuda = flashlla::Cuda::new().map_err(failed)?;
         // One sequence more, as room for a copy.
         let shape = flashlla::CacheShape {
