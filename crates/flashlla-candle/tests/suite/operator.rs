@@ -289,7 +289,16 @@ fn what_is_not_allowed_is_said() {
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         assert!(!error.contains('\n'), "{error}");
     };
-    let lla = local_linear_attention;
+    fn lla(
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        ridge: &Tensor,
+        scale: impl Into<flashlla_candle::Scale>,
+        options: &AttentionOptions,
+    ) -> candle_core::Result<Tensor> {
+        local_linear_attention(q, k, v, ridge, scale, options)
+    }
     refused(lla(&q, &k.narrow(3, 0, 5).unwrap(), &v, &one, 0.5, &causal), &["k: shape [2, 2, 4, 5]"]);
     refused(lla(&q, &k, &v.narrow(2, 0, 3).unwrap(), &one, 0.5, &causal), &["v: shape [2, 2, 3, 5]"]);
     refused(
