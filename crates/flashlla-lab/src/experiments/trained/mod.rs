@@ -142,8 +142,10 @@ impl Options {
                 task.file = Some(whole);
             }
             run.seed = run.seed.wrapping_add(self.common.seed);
-            for &seed in seeds.as_deref().unwrap_or(&[run.seed]) {
-                for &mixer in if self.mixers.is_empty() { &[run.model.mixer][..] } else { &self.mixers } {
+            let (own_seed, own_mixer) = ([run.seed], [run.model.mixer]);
+            let mixers = if self.mixers.is_empty() { &own_mixer[..] } else { &self.mixers };
+            for &seed in seeds.as_deref().unwrap_or(&own_seed) {
+                for &mixer in mixers {
                     let mut run = run.clone();
                     (run.seed, run.model.mixer) = (seed, mixer);
                     if !runs.contains(&run) {

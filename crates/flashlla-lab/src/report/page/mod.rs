@@ -2,6 +2,7 @@
 
 use super::{Figure, PanelLayers, Table};
 use crate::{Error, Result};
+use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment};
 use serde::Serialize;
 use serde_json::Value;
@@ -23,6 +24,15 @@ pub struct Section {
     pub figures: Vec<Figure>,
     /// Behind a fold.
     pub settings: Value,
+}
+
+#[derive(Serialize)]
+struct Page<'a> {
+    title: &'a str,
+    sections: Vec<PageSection<'a>>,
+    style: &'static str,
+    script: &'static str,
+    version: &'static str,
 }
 
 #[derive(Serialize)]
@@ -127,14 +137,14 @@ pub fn page(title: &str, sections: &[Section]) -> Result<String> {
             settings: serde_json::to_string_pretty(&section.settings).map_err(Error::failed)?,
         })
     });
-    let context = minijinja::context! {
+    let context = Page {
         title,
-        sections => sections.collect::<Result<Vec<_>>>()?,
-        style => include_str!("page.css"),
-        script => include_str!("page.js"),
-        version => env!("CARGO_PKG_VERSION"),
+        sections: sections.collect::<Result<_>>()?,
+        style: include_str!("page.css"),
+        script: include_str!("page.js"),
+        version: env!("CARGO_PKG_VERSION"),
     };
-    environment.get_template("page").and_then(|template| template.render(context)).map_err(failed)
+    environment.get_template("page").and_then(|template| template.render(Serde(&context))).map_err(failed)
 }
 
 #[cfg(test)]
