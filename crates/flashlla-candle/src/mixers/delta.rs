@@ -86,15 +86,15 @@ pub(super) fn delta_rule(
     let (dtype, device) = (q.dtype(), q.device().clone());
     // Added tokens write nothing and decay nothing.
     let padded = |x: &Tensor| x.pad_with_zeros(2, 0, chunks * chunk - n);
-    let rows = |x: &Tensor| padded(x)?.reshape((b, h, chunks, chunk, x.dim(3)?));
+    let rows = |x: &Tensor| padded(x)?.reshape((b * h, chunks, chunk, x.dim(3)?));
     let (q, k, v) = (rows(q)?, rows(k)?, rows(v)?);
-    let beta = padded(beta)?.reshape((b, h, chunks, chunk, 1))?;
+    let beta = padded(beta)?.reshape((b * h, chunks, chunk, 1))?;
     let log_decay = match log_decay {
-        Some(log_decay) => padded(log_decay)?.reshape((b, h, chunks, chunk))?,
-        None => beta.zeros_like()?.squeeze(4)?,
+        Some(log_decay) => padded(log_decay)?.reshape((b * h, chunks, chunk))?,
+        None => beta.zeros_like()?.squeeze(3)?,
     };
-    let total = log_decay.cumsum(3)?.unsqueeze(4)?;
-    let last = total.narrow(3, chunk - 1, 1)?;
+    let total = log_decay.cumsum(2)?.unsqueeze(3)?;
+    let last = total.narrow(2, chunk - 1, 1)?;
     let between = decay_matrix(&log_decay)?;
 
     let strict = causal(chunk, chunk, true, dtype, &device)?;
@@ -104,21 +104,21 @@ pub(super) fn delta_rule(
     let erased = inverse.matmul(&k.broadcast_mul(&(&beta * total.exp()?)?)?)?;
     let inside = (q.matmul(&k.t()?)? * &between)?;
     let from_state = q.broadcast_mul(&total.exp()?)?;
-    let to_end = k.broadcast_mul(&last.broadcast_sub(&total)?.exp()?)?.transpose(3, 4)?.contiguous()?;
-    let kept = last.exp()?.squeeze(3)?; // [B, H, chunk, 1]
+    let to_end = k.broadcast_mul(&last.broadcast_sub(&total)?.exp()?)?.transpose(2, 3)?.contiguous()?;
+    let kept = last.exp()?.squeeze(2)?; // [B · H, chunk, 1]
 
-    let mut state = Tensor::zeros((b, h, d, dv), dtype, &device)?;
+    let mut state = Tensor::zeros((b * h, d, dv), dtype, &device)?;
     let mut outs = Vec::with_capacity(chunks);
     for c in 0..chunks {
-        let of = |x: &Tensor| x.narrow(2, c, 1)?.squeeze(2)?.contiguous();
+        let of = |x: &Tensor| x.narrow(1, c, 1)?.squeeze(1)?.contiguous();
         let written = (of(&values)? - of(&erased)?.matmul(&state)?)?;
         outs.push((of(&from_state)?.matmul(&state)? + of(&inside)?.matmul(&written)?)?);
         if c + 1 < chunks {
-            let kept = of(&kept)?.unsqueeze(3)?;
+            let kept = of(&kept)?.unsqueeze(2)?;
             state = (state.broadcast_mul(&kept)? + of(&to_end)?.matmul(&written)?)?;
         }
     }
-    Tensor::cat(&outs, 2)?.narrow(2, 0, n)
+    Tensor::cat(&outs, 1)?.reshape((b, h, chunks * chunk, dv))?.narrow(2, 0, n)
 }
 
 /// `(I + A)⁻¹` of strictly lower triangular `A [.., C, C]`, `C` a power of two.

@@ -75,31 +75,32 @@ pub(super) fn gated_linear(q: &Tensor, k: &Tensor, v: &Tensor, log_decay: &Tenso
     // Added tokens have keys of 0 and decay nothing.
     let chunked = |x: &Tensor| {
         let width = x.dim(3)?;
-        x.pad_with_zeros(2, 0, chunks * CHUNK - n)?.reshape((b, h, chunks, CHUNK, width))
+        x.pad_with_zeros(2, 0, chunks * CHUNK - n)?.reshape((b * h, chunks, CHUNK, width))
     };
     let (q, k, v, log_decay) = (chunked(q)?, chunked(k)?, chunked(v)?, chunked(log_decay)?);
     let (dtype, device) = (q.dtype(), q.device().clone());
 
     // Logarithms of the decays from the chunk's beginning up to each token.
-    let total = log_decay.cumsum(3)?;
-    let last = total.narrow(3, CHUNK - 1, 1)?;
-    let middle = total.narrow(3, CHUNK / 2, 1)?;
+    let total = log_decay.cumsum(2)?;
+    let last = total.narrow(2, CHUNK - 1, 1)?;
+    let middle = total.narrow(2, CHUNK / 2, 1)?;
     let from_middle = total.broadcast_sub(&middle)?;
     let inside = (&q * from_middle.exp()?)?.matmul(&(&k * from_middle.neg()?.exp()?)?.t()?)?;
     let inside = inside.broadcast_mul(&causal(CHUNK, CHUNK, false, dtype, &device)?)?.matmul(&v)?;
 
-    // What each chunk adds to the state by its end: [B, H, chunk, D, DV].
+    // What each chunk adds to the state by its end: [B · H, chunk, D, DV].
     let to_end = last.broadcast_sub(&total)?.exp()?;
-    let added = (&k * to_end)?.transpose(3, 4)?.contiguous()?.matmul(&v)?;
-    // The state at each chunk's beginning: weights [B, H, D, chunk, earlier chunk].
-    let ends = last.squeeze(3)?.transpose(2, 3)?.contiguous()?.cumsum(3)?;
-    let begins = (&ends - last.squeeze(3)?.transpose(2, 3)?)?;
-    let between = begins.unsqueeze(4)?.broadcast_sub(&ends.unsqueeze(3)?)?;
+    let added = (&k * to_end)?.transpose(2, 3)?.contiguous()?.matmul(&v)?;
+    // The state at each chunk's beginning: weights [B · H, D, chunk, earlier chunk].
+    let by_chunk = last.squeeze(2)?.transpose(1, 2)?.contiguous()?;
+    let ends = by_chunk.cumsum(2)?;
+    let begins = (&ends - by_chunk)?;
+    let between = begins.unsqueeze(3)?.broadcast_sub(&ends.unsqueeze(2)?)?;
     let weights = masked_exp(&between, &causal(chunks, chunks, true, dtype, &device)?)?;
-    let by_channel = added.transpose(2, 3)?.contiguous()?; // [B, H, D, chunk, DV]
-    let states = weights.matmul(&by_channel)?.transpose(2, 3)?.contiguous()?;
+    let by_channel = added.transpose(1, 2)?.contiguous()?; // [B · H, D, chunk, DV]
+    let states = weights.matmul(&by_channel)?.transpose(1, 2)?.contiguous()?;
     let before = (&q * total.exp()?)?.matmul(&states)?;
 
-    debug_assert_eq!(states.dims(), [b, h, chunks, d, dv]);
+    debug_assert_eq!(states.dims(), [b * h, chunks, d, dv]);
     (inside + before)?.reshape((b, h, chunks * CHUNK, dv))?.narrow(2, 0, n)
 }

@@ -12,7 +12,9 @@ pub fn made(config: &MixerConfig, seed: u64) -> (Box<dyn Mixer>, VarMap) {
     let parameters = VarMap::new();
     let mixer = mixer(config, seeded(&parameters, seed, DType::F64, &Device::Cpu)).unwrap();
     // Nothing at its neutral start: norms, scales and biases too are drawn.
-    for (i, var) in parameters.data().lock().unwrap().values().enumerate() {
+    let named: std::collections::BTreeMap<_, _> =
+        parameters.data().lock().unwrap().clone().into_iter().collect();
+    for (i, var) in named.values().enumerate() {
         let noise = random(var.dims(), seed + 1000 + i as u64);
         var.set(&(var.as_tensor() + (noise * 0.2).unwrap()).unwrap()).unwrap();
     }

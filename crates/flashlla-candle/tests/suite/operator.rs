@@ -95,11 +95,11 @@ fn a_scale_per_head_is_a_call_per_head() {
         local_linear_attention(&qv, &kv, &v, &ridge, scale.as_tensor(), &AttentionOptions::causal()).unwrap();
     let gradients = (&out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
     let mut dridge = 0.0;
-    for h in 0..2 {
+    for (h, &of_head) in scales.iter().enumerate() {
         let of_queries = |t: &Tensor| t.narrow(1, 2 * h, 2).unwrap();
         let of_keys = |t: &Tensor| t.narrow(1, h, 1).unwrap();
         let parts = [of_queries(&q), of_keys(&k), of_keys(&v)];
-        let expected = expected(&parts, Ridge::scalar(0.8), scales[h], Mask::causal(), &of_queries(&weights));
+        let expected = expected(&parts, Ridge::scalar(0.8), of_head, Mask::causal(), &of_queries(&weights));
         assert!(error(&of_queries(&out), &expected[0]) < 1e-11);
         assert!(error(&of_queries(gradients.get(&qv).unwrap()), &expected[1]) < 1e-9);
         assert!(error(&of_keys(gradients.get(&kv).unwrap()), &expected[2]) < 1e-9);
@@ -311,11 +311,8 @@ fn what_is_not_allowed_is_said() {
     refused(lla(&q, &k, &v, &random(&[3], 1), 0.5, &causal), &["ridge: shape [3]"]);
     refused(lla(&q, &k, &v, &random(&[2, 4], 1), 0.5, &causal), &["ridge: shape [2, 4]"]);
     refused(lla(&q, &k, &v, &one, f64::NAN, &causal), &["scale: NaN", "finite"]);
-    refused(
-        lla(&q, &k, &v, &one, &Tensor::new(&[0.5, -1.0], &Device::Cpu).unwrap(), &causal),
-        &["scale: -1"],
-    );
-    refused(lla(&q, &k, &v, &one, &random(&[4], 1), &causal), &["scale: shape [4]", "2"]);
+    refused(lla(&q, &k, &v, &one, Tensor::new(&[0.5, -1.0], &Device::Cpu).unwrap(), &causal), &["scale: -1"]);
+    refused(lla(&q, &k, &v, &one, random(&[4], 1), &causal), &["scale: shape [4]", "2"]);
     let probe = AttentionOptions { probe: Some(v.clone()), ..causal };
     refused(lla(&q, &k, &v, &one, 0.5, &probe), &["probe: shape [2, 2, 4, 5]"]);
 }

@@ -113,11 +113,10 @@ pub fn solve(mut a: Matrix, mut b: Vector) -> Vector {
         let pivot = (i..n).max_by(|&r, &s| a[r][i].abs().total_cmp(&a[s][i].abs())).unwrap();
         a.swap(i, pivot);
         b.swap(i, pivot);
+        let pivot = a[i].clone();
         for r in i + 1..n {
-            let factor = a[r][i] / a[i][i];
-            for c in i..n {
-                a[r][c] -= factor * a[i][c];
-            }
+            let factor = a[r][i] / pivot[i];
+            a[r].iter_mut().zip(&pivot).for_each(|(x, p)| *x -= factor * p);
             b[r] -= factor * b[i];
         }
     }
