@@ -149,6 +149,15 @@ impl Cli {
         })
     }
 
+    /// Whether it trains models side by side, a thread each, so that Candle should have one thread, not all of them.
+    pub fn side_by_side(&self) -> bool {
+        match &self.command {
+            Command::Experiment(experiment) => experiment.side_by_side(),
+            Command::Sweep(args) => args.running.side_by_side(args.threads),
+            _ => false,
+        }
+    }
+
     /// Does what was asked for.
     pub fn run(self) -> Result<()> {
         match self.command {

@@ -102,6 +102,15 @@ impl Common {
 }
 
 impl Experiment {
+    /// Whether it trains models side by side, a thread each.
+    pub fn side_by_side(&self) -> bool {
+        match self {
+            Self::InContextRegression(o) | Self::Mqar(o) | Self::StateTracking(o) => o.side_by_side(),
+            Self::LanguageModel(o) => o.options.side_by_side(),
+            _ => false,
+        }
+    }
+
     /// Runs it: checks where the results will go, computes, prints, writes.
     pub fn run(self) -> Result<()> {
         match self {

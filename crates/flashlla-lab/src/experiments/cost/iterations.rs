@@ -36,11 +36,9 @@ impl Keys {
     }
 }
 
-/// At one number of steps.
+/// At one of [`STEPS`].
 #[derive(Debug, Clone, Copy)]
 pub struct Point {
-    /// The most steps allowed.
-    pub steps: usize,
     /// Relative Frobenius error of the output against a direct solve in f64.
     pub error: f64,
     /// Of the forward.
@@ -80,7 +78,7 @@ pub fn curve(tokens: usize, dim: usize, ridge: f64, keys: Keys, seed: u64, devic
             let cost = measure(|| engine.forward_into(&problem, out.view_mut()).map_err(Error::failed))?;
             let off = |(a, b): (&f32, &f32)| f64::from(*a) - f64::from(*b);
             let error = norm(&mut out.data().iter().zip(truth.data()).map(off)) / size_of_truth;
-            Ok(Point { steps, error, cost })
+            Ok(Point { error, cost })
         })
         .collect()
 }

@@ -53,6 +53,21 @@ pub struct Running {
 }
 
 impl Running {
+    /// Runs at a time.
+    fn jobs(&self, threads: usize) -> usize {
+        match (self.jobs, self.device) {
+            (Some(jobs), _) => jobs.into(),
+            (None, Device::Cpu) => threads,
+            (None, Device::Cuda) => 1,
+        }
+    }
+
+    /// Whether runs go on side by side, a thread each.
+    pub fn side_by_side(&self, threads: Option<u16>) -> bool {
+        let threads = threads.map_or_else(crate::options::all_threads, usize::from);
+        self.jobs(threads) >= threads
+    }
+
     /// Does the runs in the folder `out` and reports on them, unless other processes are not done with theirs.
     pub fn run(&self, sweep: &Sweep, out: &Path, threads: Option<u16>) -> Result<Outcome> {
         let pace = Pace {
@@ -62,12 +77,7 @@ impl Running {
             bars: crate::report::progress::several(),
         };
         let threads = threads.map_or_else(crate::options::all_threads, usize::from);
-        let jobs = match (self.jobs, self.device) {
-            (Some(jobs), _) => jobs.into(),
-            (None, Device::Cpu) => threads,
-            (None, Device::Cuda) => 1,
-        };
-        sweep::run(sweep, self.shard, &out.join(RUNS), (jobs, threads), &pace)?;
+        sweep::run(sweep, self.shard, &out.join(RUNS), (self.jobs(threads), threads), &pace)?;
         let mut ran = vec![];
         for spec in &sweep.runs {
             ran.extend(Ran::read(&out.join(RUNS).join(spec.name()))?);
@@ -98,11 +108,12 @@ pub enum Outcome {
 pub fn candle_device(device: Device) -> Result<candle_core::Device> {
     match device {
         Device::Cpu => Ok(candle_core::Device::Cpu),
-        // Says what is missing where it was built without.
-        Device::Cuda => {
-            crate::device::AnyEngine::open(device)?;
+        Device::Cuda if cfg!(feature = "train-cuda") => {
             candle_core::Device::new_cuda(0).map_err(|error| Error::failed(format!("--device cuda: {error}")))
         }
+        Device::Cuda => Err(Error::usage(
+            "--device cuda: this program was built without it; build it with `--features train-cuda`, which needs nvcc, or use cpu",
+        )),
     }
 }
 
@@ -128,6 +139,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// Whether runs go on side by side, a thread each.
+    pub fn side_by_side(&self) -> bool {
+        self.running.side_by_side(self.common.threads)
+    }
+
     /// The experiment of this name as a sweep.
     fn sweep(&self, name: &str, text: Option<&Path>) -> Result<Sweep> {
         let quick = QUICK.iter().find(|(task, _)| *task == name && self.common.quick).map(|(_, text)| *text);

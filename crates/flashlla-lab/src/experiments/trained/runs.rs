@@ -1,6 +1,6 @@
 //! Runs put side by side: which options differ, which learning rate was best, means over seeds.
 
-use crate::report::Summary;
+use crate::report::{Cell as TableCell, Summary};
 use crate::train::{Finished, Row, RunFolder, RunSpec, Status};
 use crate::{Error, Result};
 use flashlla_candle::MixerKind;
@@ -50,6 +50,15 @@ impl Setting {
     /// As a number.
     pub fn number(&self) -> Option<f64> {
         self.0.as_f64()
+    }
+
+    /// In a table.
+    pub fn cell(&self) -> TableCell {
+        match (self.0.as_u64(), self.number()) {
+            (Some(count), _) => TableCell::Count(count),
+            (None, Some(number)) => number.into(),
+            _ => self.text().into(),
+        }
     }
 
     /// In words.

@@ -54,7 +54,6 @@ fn list(runs: &[Ran], score: Score) -> Table {
     let number = |x: Option<f64>| x.map_or(Cell::from(""), Cell::from);
     for run in runs {
         let (spec, end) = (&run.spec, &run.finished);
-        let word = |value: &dyn erased::Name| value.name();
         table.push([
             spec.name().into(),
             spec.model.mixer.name().into(),
@@ -73,18 +72,9 @@ fn list(runs: &[Ran], score: Score) -> Table {
     table
 }
 
-/// Words as configurations write them.
-mod erased {
-    /// The name that serde knows a value by.
-    pub trait Name {
-        /// It.
-        fn name(&self) -> String;
-    }
-    impl<T: serde::Serialize> Name for T {
-        fn name(&self) -> String {
-            serde_json::to_value(self).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
-        }
-    }
+/// A value as configurations write it.
+fn word(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 struct View<'a> {
@@ -105,7 +95,7 @@ impl View<'_> {
         let title = format!("Final {} (mean ± standard error over seeds)", self.score.label);
         let mut table = Table::new("scores", &title, &columns);
         for (setting, row) in &grid.cells {
-            let settings = setting.iter().map(|s| s.number().map_or(Cell::from(s.text()), Cell::from));
+            let settings = setting.iter().map(Setting::cell);
             let scores = grid.mixers.iter().map(|kind| match row.get(kind) {
                 None => "".into(),
                 Some(cell) => match cell.summary() {
@@ -125,7 +115,7 @@ impl View<'_> {
         for (setting, row) in &self.grid.cells {
             for (kind, cell) in row {
                 for (step, summary) in cell.curve() {
-                    let settings = setting.iter().map(|s| Cell::from(s.text()));
+                    let settings = setting.iter().map(Setting::cell);
                     let rest = [kind.name().into(), (step as usize).into(), Cell::Spread(summary.mean, summary.se)];
                     table.push(settings.chain(rest));
                 }

@@ -235,7 +235,9 @@ mod tests {
         for kind in [OptimizerKind::Adamw, OptimizerKind::Muon] {
             let through = var((3, 4));
             let mut optimizer = Optimizer::new(&training(kind), &weights("blocks.0.weight", &through)).unwrap();
-            (0..3).for_each(|_| drop(optimizer.step(&gradients(&through), 0.01).unwrap()));
+            for _ in 0..3 {
+                optimizer.step(&gradients(&through), 0.01).unwrap();
+            }
             let later = Var::from_tensor(&through.as_tensor().copy().unwrap()).unwrap();
             let mut second = Optimizer::new(&training(kind), &weights("blocks.0.weight", &later)).unwrap();
             second.restore(3, &optimizer.state().into_iter().collect()).unwrap();
