@@ -102,7 +102,7 @@ fn the_page_works_in_a_browser_on_a_phone() {
          const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
          return Math.min(...[...svg.querySelectorAll('text')].map(t => Number(t.getAttribute('font-size')) * scale))",
     );
-    assert!(small.as_f64().unwrap() >= 8.0, "letters of {small} pixels");
+    assert!(small.as_f64().unwrap() >= 9.0, "letters of {small} pixels");
 
     // A button of the legend hides its curves in every panel of its figure, and shows them again.
     let shown = "const [name] = arguments; return [...document.querySelector('figure').querySelectorAll('.layer')]

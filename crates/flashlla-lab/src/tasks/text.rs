@@ -44,11 +44,11 @@ impl Text {
                 (name, bytes)
             }
         };
-        let evaluation = bytes.split_off(bytes.len() / 10 * 9);
+        let evaluation = bytes.split_off(bytes.len() - bytes.len() / 10);
         if bytes.len().min(evaluation.len()) <= self.context {
             let whole = bytes.len() + evaluation.len();
             return Err(Error::failed(format!(
-                "{name}: {whole} bytes are too few; a context of {} needs more than {}, for a tenth is kept to be judged by",
+                "{name}: {whole} bytes are too few; a context of {} needs at least {}, for a tenth is kept to be judged by",
                 self.context,
                 10 * (self.context + 1)
             )));

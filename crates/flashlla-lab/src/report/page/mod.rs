@@ -7,6 +7,9 @@ use minijinja::{AutoEscape, Environment};
 use serde::Serialize;
 use serde_json::Value;
 
+/// Panels are narrower than in files, so that their letters are large enough on a phone.
+const NARROW: f64 = 0.8;
+
 /// What an experiment gives to the page.
 #[derive(Debug, Clone)]
 pub struct Section {
@@ -103,7 +106,7 @@ impl<'a> PageFigure<'a> {
     fn new(figure: &'a Figure) -> Result<Self> {
         let (mut legend, mut panels) = (vec![], vec![]);
         for panel in &figure.panels {
-            let PanelLayers { size: (width, height), axes, series } = panel.layers(1.0)?;
+            let PanelLayers { size: (width, height), axes, series } = panel.layers(NARROW)?;
             let mut layers = vec![];
             for layer in series {
                 let entry = Entry { name: layer.name.clone(), colour: layer.colour };
