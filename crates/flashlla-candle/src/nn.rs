@@ -4,8 +4,8 @@ use crate::error::value;
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 
-/// A projection, its weights `[out_dim, in_dim]` cast to the type of what it is applied to: parameters may be `f32` where activations
-/// are `bf16`, and their gradients are then `f32` too.
+/// A projection, its weights `[out_dim, in_dim]` cast to the type of what it is applied to: parameters may be `f32` where
+/// activations are `bf16`, and their gradients are then `f32` too.
 #[derive(Debug, Clone)]
 pub struct Projection {
     weight: Tensor,

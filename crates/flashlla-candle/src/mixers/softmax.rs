@@ -9,7 +9,8 @@ use candle_core::{CpuStorage, CustomOp1, D, Error, Layout, Result, Shape, Storag
 use candle_nn::{Init, VarBuilder, ops};
 use std::sync::Mutex;
 
-/// `out_i = Σ_{j ≤ i} softmax_j(scale q_i·k_j) v_j` (Vaswani et al., 2017), `scale = head_dim^-0.5 · exp(log_scale)` per key head.
+/// `out_i = Σ_{j ≤ i} softmax_j(scale q_i·k_j) v_j` (Vaswani et al., 2017), `scale = head_dim^-0.5 · exp(log_scale)` per
+/// key head.
 #[derive(Debug)]
 pub struct Softmax {
     heads: Heads,
@@ -62,8 +63,8 @@ impl Mixer for Softmax {
     }
 }
 
-/// Softmax over the keys that a query sees, of logits `[B, HQ, N, M]`: Candle's fused one, which has no gradient, with its gradient. As single
-/// operations, mask and all, each remembered for its gradient, it costs more time and memory.
+/// Softmax over the keys that a query sees, of logits `[B, HQ, N, M]`: Candle's fused one, which has no gradient, with
+/// its gradient. As single operations, mask and all, each remembered for its gradient, it costs more time and memory.
 fn causal_softmax(logits: &Tensor) -> Result<Tensor> {
     let hidden = causal_bias(logits.dim(2)?, logits.dim(3)?, logits.dtype(), logits.device())?;
     let weights = ops::softmax_last_dim(&logits.detach().broadcast_add(&hidden)?)?;
