@@ -1,5 +1,5 @@
-//! Errors as this crate words them: the argument, what was given, what is allowed. Without the backtraces that Candle's constructors add where
-//! they are asked for: what is wrong is with the call.
+//! Errors as this crate words them: the argument, what was given, what is allowed. Without the backtraces that Candle's
+//! constructors add where they are asked for: what is wrong is with the call.
 
 use candle_core::Error;
 use std::fmt::{Debug, Display};

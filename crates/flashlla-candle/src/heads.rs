@@ -22,6 +22,9 @@ pub struct Heads {
     norms: Option<[RmsNorm; 2]>,
 }
 
+/// What PyTorch's `RMSNorm` adds in `float32` unless told.
+const EPS: f64 = f32::EPSILON as f64;
+
 impl Heads {
     /// With the positions (`rope`) and normalisation (`qk_norm`) of attention if `attention`; without, those are left out.
     pub fn new(config: &MixerConfig, attention: bool, vb: &VarBuilder) -> Result<Self> {
@@ -29,7 +32,7 @@ impl Heads {
         let (inner, kv_inner) = (heads * width, kv_heads * width);
         let project = |dim, name: &str| Projection::new(config.dim, dim, config.bias, vb.pp(name));
         let conv = |dim, name: &str| ShortConv::new(dim, vb.pp(name));
-        let norm = |name: &str| RmsNorm::new(width, 1e-6, vb.pp(name));
+        let norm = |name: &str| RmsNorm::new(width, EPS, vb.pp(name));
         Ok(Self {
             dim: config.dim,
             heads,

@@ -8,9 +8,9 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
-/// A builder that adds what it makes to `parameters`, drawn from `seed` and the parameter's name: the same values on every device, in
-/// whatever order they are asked for. (Candle's own generator can't be seeded on the CPU.) Parameters that are there already are given as
-/// they are.
+/// A builder that adds what it makes to `parameters`, drawn from `seed` and the parameter's name: the same values on
+/// every device, in whatever order they are asked for. (Candle's own generator can't be seeded on the CPU.) Parameters
+/// that are there already are given as they are.
 ///
 /// ```
 /// use candle_core::{DType, Device};

@@ -9,11 +9,12 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 use flashlla::{MAX_DECODE_QUERIES, Mask, Precision, Solver};
 
-/// Causal Local Linear Attention with projections, grouped-query heads, rotary positions, and a learned ridge and bandwidth per head.
+/// Causal Local Linear Attention with projections, grouped-query heads, rotary positions, and a learned ridge and
+/// bandwidth per head.
 ///
-/// What the Python package's `flashlla.nn.LocalLinearAttention` is for PyTorch, with the same parameter names (`q_proj`, `k_proj`,
-/// `v_proj`, `out_proj`, `q_norm`, `k_norm`, `log_ridge`, `log_scale`): λ is `exp(log_ridge)` per query head, the factor on `q·k`
-/// `head_dim^-0.5 · exp(log_scale)` per key head. [`MixerConfig`] has the sizes and switches.
+/// What the Python package's `flashlla.nn.LocalLinearAttention` is for PyTorch, with the same parameter names (`q_proj`,
+/// `k_proj`, `v_proj`, `out_proj`, `q_norm`, `k_norm`, `log_ridge`, `log_scale`): λ is `exp(log_ridge)` per query head,
+/// the factor on `q·k` `head_dim^-0.5 · exp(log_scale)` per key head. [`MixerConfig`] has the sizes and switches.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -175,10 +176,12 @@ impl LocalLinearAttention {
         KvCache::new(max_len)
     }
 
-    /// The next tokens `[B, N, dim]` of sequences whose past is in the cache; they are added to it. Out of the graph: no gradients.
+    /// The next tokens `[B, N, dim]` of sequences whose past is in the cache; they are added to it. Out of the graph: no
+    /// gradients.
     ///
     /// # Errors
-    /// Also when the cache has no room for them, and for a layer with short convolutions, whose past a cache does not hold.
+    /// Also when the cache has no room for them, and for a layer with short convolutions, whose past a cache does not
+    /// hold.
     pub fn forward_cached(&self, x: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         if self.heads.has_convs() {
             return Err(value("short_conv", true, "false with a cache"));

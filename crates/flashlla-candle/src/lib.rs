@@ -1,5 +1,5 @@
-//! Local Linear Attention for [Candle](https://docs.rs/candle-core): a differentiable operator, a layer with a KV cache, and small
-//! decoder-only models with it or with the mixers it is compared with.
+//! Local Linear Attention for [Candle](https://docs.rs/candle-core): a differentiable operator, a layer with a KV cache,
+//! and small decoder-only models with it or with the mixers it is compared with.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -18,8 +18,8 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
-//! The operator itself, its equations and its engines are the crate [`flashlla`]. With the feature `cuda`, tensors may lie on an NVIDIA
-//! GPU.
+//! The operator itself, its equations and its engines are the crate [`flashlla`]. With the feature `cuda`, tensors may
+//! lie on an NVIDIA GPU.
 
 mod error;
 mod heads;

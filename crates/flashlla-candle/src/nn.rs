@@ -4,8 +4,8 @@ use crate::error::value;
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 
-/// A projection, its weights `[out_dim, in_dim]` cast to the type of what it is applied to: parameters may be `f32` where activations
-/// are `bf16`, and their gradients are then `f32` too.
+/// A projection, its weights `[out_dim, in_dim]` cast to the type of what it is applied to: parameters may be `f32` where
+/// activations are `bf16`, and their gradients are then `f32` too.
 #[derive(Debug, Clone)]
 pub struct Projection {
     weight: Tensor,
@@ -118,11 +118,9 @@ pub fn repeated(x: &Tensor, heads: usize) -> Result<Tensor> {
 pub fn rotated(x: &Tensor, first: usize, base: f64) -> Result<Tensor> {
     let (n, d) = (x.dim(2)?, x.dim(3)?);
     let half = d / 2;
-    let angle = |i: usize| {
-        let (position, pair) = ((first + i / half) as f64, i % half);
-        position * base.powf(-(pair as f64) / half as f64)
-    };
-    let angles: Vec<f64> = (0..n * half).map(angle).collect();
+    let frequencies: Vec<f64> = (0..half).map(|i| base.powf(-(i as f64) / half as f64)).collect();
+    let of = |position: usize| frequencies.iter().map(move |f| position as f64 * f);
+    let angles: Vec<f64> = (first..first + n).flat_map(of).collect();
     let table = |f: fn(f64) -> f64| {
         let values: Vec<f64> = angles.iter().map(|&a| f(a)).collect();
         Tensor::from_vec(values, (n, half), &Device::Cpu)?.to_dtype(x.dtype())?.to_device(x.device())
@@ -134,15 +132,13 @@ pub fn rotated(x: &Tensor, first: usize, base: f64) -> Result<Tensor> {
     Tensor::cat(&[first, second], 3)
 }
 
-/// `[N, M]`: 1 where query `i` (of the last N) sees key `j` of M (`strict`: comes after it), else 0.
+/// `[N, M]`: 1 where query `i` (of the last N) sees key `j` of M (`strict`: comes after it), else 0. Made on the device.
 pub fn causal(n: usize, m: usize, strict: bool, dtype: DType, device: &Device) -> Result<Tensor> {
-    let first = m - n;
-    let seen = |i: usize| {
-        let (row, j) = (i / m + first, i % m);
-        f32::from(if strict { j < row } else { j <= row })
-    };
-    let values: Vec<f32> = (0..n * m).map(seen).collect();
-    Tensor::from_vec(values, (n, m), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+    let first = (m - n) as u32;
+    let row = Tensor::arange(first, m as u32, device)?.unsqueeze(1)?;
+    let column = Tensor::arange(0, m as u32, device)?.unsqueeze(0)?;
+    let seen = if strict { row.broadcast_gt(&column)? } else { row.broadcast_ge(&column)? };
+    seen.to_dtype(dtype)
 }
 
 /// `where causal 0 else -1e30`: what is added to logits, so that no difference of infinities arises.

@@ -7,11 +7,12 @@ use crate::nn::{Projection, RmsNorm, causal, split_heads, unit};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-/// `S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ`, `out_t = S_tᵀ q_t`, with queries and keys of length 1 and `β_t = σ(x_t W)`.
+/// `S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ`, `out_t = S_tᵀ q_t`, with queries and keys of length 1 and `β_t
+/// = σ(x_t W)`.
 ///
-/// DeltaNet (Schlag et al., 2021; Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024) has `α = 1`; Gated DeltaNet (Yang,
-/// Kautz and Hatamizadeh, 2025) has a decay per head and token, parametrised as Mamba-2's, and a gate `silu(x W)` on its outputs. Outputs
-/// are normalised per head.
+/// DeltaNet (Schlag et al., 2021; Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024) has `α =
+/// 1`; Gated DeltaNet (Yang, Kautz and Hatamizadeh, 2025) has a decay per head and token, parametrised as Mamba-2's, and
+/// a gate `silu(x W)` on its outputs. Outputs are normalised per head.
 #[derive(Debug)]
 pub struct Delta {
     heads: Heads,
@@ -69,9 +70,9 @@ impl Mixer for Delta {
 
 /// The recurrence above for `q, k [B, H, N, D]`, `v [B, H, N, DV]`, `beta` and `log α [B, H, N]`.
 ///
-/// In chunks: with `Γ_ij` the decay from token `j` to `i`, `A_ij = β_i Γ_ij k_i·k_j` below the diagonal and `T = (I + A)⁻¹`, the values that
-/// a chunk writes are `U = T (β v) − T (β Γ k) S` for the state `S` at its beginning (Yang et al., 2024, section 3; 2025, section 3.3).
-/// All but the few products with `S` is done for all chunks at once.
+/// In chunks: with `Γ_ij` the decay from token `j` to `i`, `A_ij = β_i Γ_ij k_i·k_j` below the diagonal and `T = (I +
+/// A)⁻¹`, the values that a chunk writes are `U = T (β v) − T (β Γ k) S` for the state `S` at its beginning (Yang et al.,
+/// 2024, section 3; 2025, section 3.3). All but the few products with `S` is done for all chunks at once.
 pub(super) fn delta_rule(
     q: &Tensor,
     k: &Tensor,
@@ -123,8 +124,8 @@ pub(super) fn delta_rule(
 
 /// `(I + A)⁻¹` of strictly lower triangular `A [.., C, C]`, `C` a power of two.
 ///
-/// Doubles the size of inverted diagonal blocks: `[[X₁, 0], [−X₂ A₂₁ X₁, X₂]]`. As stable as substitution, which the shorter product
-/// `Π (I + (−A)^(2^i))` is not (with equal keys its factors grow like binomials and cancel).
+/// Doubles the size of inverted diagonal blocks: `[[X₁, 0], [−X₂ A₂₁ X₁, X₂]]`. As stable as substitution, which the
+/// shorter product `Π (I + (−A)^(2^i))` is not (with equal keys its factors grow like binomials and cancel).
 fn unit_lower_inverse(a: &Tensor) -> Result<Tensor> {
     let size = a.dim(a.rank() - 1)?;
     let one = Tensor::eye(size, a.dtype(), a.device())?;

@@ -7,8 +7,9 @@ use crate::nn::{Projection, RmsNorm, causal, split_heads, widened};
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
-/// `S_t = Diag(α_t) S_{t−1} + k_t v_tᵀ`, `out_t = D^-0.5 q_t S_t` (Yang et al., "Gated Linear Attention Transformers", 2024, section 4.4):
-/// decays per channel `α_t = σ(x_t W₁ W₂ + b)^{1/16}` through a bottleneck of 16, outputs normalised per head and gated by `silu(x W)`.
+/// `S_t = Diag(α_t) S_{t−1} + k_t v_tᵀ`, `out_t = D^-0.5 q_t S_t` (Yang et al., "Gated Linear Attention Transformers",
+/// 2024, section 4.4): decays per channel `α_t = σ(x_t W₁ W₂ + b)^{1/16}` through a bottleneck of 16, outputs normalised
+/// per head and gated by `silu(x W)`.
 ///
 /// `α` is kept above `exp(-5)` (a gate's logit of about -80), so that the chunked form has the range for it.
 #[derive(Debug)]
@@ -66,8 +67,8 @@ impl Mixer for GatedLinear {
 
 /// `out_i = Σ_{j ≤ i} Σ_d q_id k_jd exp(Σ_{j < t ≤ i} log α_td) v_j`, all `[B, H, N, D]`, `log α` from [`LEAST`] to 0.
 ///
-/// In chunks: inside one, the decays are split at its middle into a factor of the query and one of the key; between chunks, states
-/// `[D, DV]` are summed with weights that are powers of decays, at most 1, for all chunks at once.
+/// In chunks: inside one, the decays are split at its middle into a factor of the query and one of the key; between
+/// chunks, states `[D, DV]` are summed with weights that are powers of decays, at most 1, for all chunks at once.
 pub(super) fn gated_linear(q: &Tensor, k: &Tensor, v: &Tensor, log_decay: &Tensor) -> Result<Tensor> {
     let (b, h, n, d) = q.dims4()?;
     let dv = v.dim(3)?;

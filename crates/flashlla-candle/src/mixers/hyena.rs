@@ -6,10 +6,10 @@ use crate::nn::{Projection, ShortConv, expect_input, widened};
 use candle_core::{Device, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 
-/// Hyena of order 2 (Poli et al., "Hyena Hierarchy", 2023, definition 3.1): `y = x₂ ⊙ (h₂ * (x₁ ⊙ (h₁ * v)))` with projections `v`, `x₁`, `x₂` of the
-/// input and causal convolutions as long as the sequence. The filters `h` are implicit: a small network with sines of the position, times
-/// a window that decays at a rate of the channel's own, plus a weight on the token itself. As published, projections pass a short convolution
-/// if `short_conv` is set.
+/// Hyena of order 2 (Poli et al., "Hyena Hierarchy", 2023, definition 3.1): `y = x₂ ⊙ (h₂ * (x₁ ⊙ (h₁ * v)))` with
+/// projections `v`, `x₁`, `x₂` of the input and causal convolutions as long as the sequence. The filters `h` are
+/// implicit: a small network with sines of the position, times a window that decays at a rate of the channel's own, plus
+/// a weight on the token itself. As published, projections pass a short convolution if `short_conv` is set.
 #[derive(Debug)]
 pub struct Hyena {
     dim: usize,

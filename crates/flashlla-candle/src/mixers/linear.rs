@@ -6,8 +6,8 @@ use crate::nn::causal;
 use candle_core::{D, Result, Tensor};
 use candle_nn::VarBuilder;
 
-/// `out_i = Σ_{j ≤ i} φ(q_i)·φ(k_j) v_j / Σ_{j ≤ i} φ(q_i)·φ(k_j)` with `φ = elu + 1` (Katharopoulos et al., 2020, equations 7 to 9), in its
-/// `O(N²)` form.
+/// `out_i = Σ_{j ≤ i} φ(q_i)·φ(k_j) v_j / Σ_{j ≤ i} φ(q_i)·φ(k_j)` with `φ = elu + 1` (Katharopoulos et al., 2020,
+/// equations 7 to 9), in its `O(N²)` form.
 #[derive(Debug)]
 pub struct Linear {
     heads: Heads,

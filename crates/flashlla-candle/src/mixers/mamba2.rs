@@ -6,9 +6,9 @@ use crate::nn::{Projection, RmsNorm, ShortConv, expect_input, merge_heads, split
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 
-/// State space duality with a scalar decay per head (Dao and Gu, "Transformers are SSMs", 2024): for heads of `x` twice as wide as the model in
-/// all, `S_t = exp(−Δ_t exp(a_log)) S_{t−1} + Δ_t B_t x_tᵀ`, `y_t = C_tᵀ S_t + D x_t`, where all heads share `B` and `C`; then RMS
-/// normalisation of `y ⊙ silu(z)`. Computed in its attention-like form, `O(N²)`.
+/// State space duality with a scalar decay per head (Dao and Gu, "Transformers are SSMs", 2024): for heads of `x` twice
+/// as wide as the model in all, `S_t = exp(−Δ_t exp(a_log)) S_{t−1} + Δ_t B_t x_tᵀ`, `y_t = C_tᵀ S_t + D x_t`, where all
+/// heads share `B` and `C`; then RMS normalisation of `y ⊙ silu(z)`. Computed in its attention-like form, `O(N²)`.
 #[derive(Debug)]
 pub struct Mamba2 {
     dim: usize,

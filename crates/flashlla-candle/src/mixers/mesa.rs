@@ -9,9 +9,9 @@ use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor
 use candle_nn::{Init, Module, VarBuilder};
 
 /// The exact solution of a ridge regression of the values on the keys seen so far, `out_t = G_t (H_t + Λ)⁻¹ q_t` with
-/// `G_t = γ_t G_{t−1} + β_t v_t k_tᵀ` and `H_t = γ_t H_{t−1} + β_t k_t k_tᵀ` (von Oswald et al., "MesaNet", 2025), queries and keys of length 1,
-/// `β_t = σ(x_t W)`, decays `γ` as Mamba-2's, `Λ` diagonal and learned per head and channel, at least a quarter of what it starts from
-/// (`ridge`). Outputs are normalised per head.
+/// `G_t = γ_t G_{t−1} + β_t v_t k_tᵀ` and `H_t = γ_t H_{t−1} + β_t k_t k_tᵀ` (von Oswald et al., "MesaNet", 2025),
+/// queries and keys of length 1, `β_t = σ(x_t W)`, decays `γ` as Mamba-2's, `Λ` diagonal and learned per head and
+/// channel, at least a quarter of what it starts from (`ridge`). Outputs are normalised per head.
 ///
 /// The systems are solved by conjugate gradients on the masked form, all tokens at once, at most 30 steps as published.
 #[derive(Debug)]
@@ -112,8 +112,9 @@ impl Systems {
         Self { k: k.detach(), weights: weights.detach(), lambda: lambda.detach() }
     }
 
-    /// The solutions for right sides `[B, H, N, D]`, differentiable without remembering any step: the solution `x` found outside of the graph
-    /// has the residual `b − A x = 0` in it, and the gradient at the residual is `A⁻¹` times that at the solution.
+    /// The solutions for right sides `[B, H, N, D]`, differentiable without remembering any step: the solution `x` found
+    /// outside of the graph has the residual `b − A x = 0` in it, and the gradient at the residual is `A⁻¹` times that at
+    /// the solution.
     fn solve(&self, right: &Tensor, steps: Steps) -> Result<Tensor> {
         let systems = self.detached();
         let solution = systems.conjugate_gradients(&right.detach(), steps)?;

@@ -13,8 +13,8 @@
 //! | `mamba2` | `S_t = exp(Δ_t A) S_{t−1} + Δ_t B_t x_tᵀ` | Dao and Gu, 2024 |
 //! | `hyena` | `x2 ⊙ (h2 * (x1 ⊙ (h1 * v)))` | Poli et al., 2023 |
 //!
-//! All are written with differentiable Candle operations (LLA and Parallax with [`crate::local_linear_attention`]) in forms that are
-//! parallel over tokens; each is tested against its recurrence, token by token in `f64`.
+//! All are written with differentiable Candle operations (LLA and Parallax with [`crate::local_linear_attention`]) in
+//! forms that are parallel over tokens; each is tested against its recurrence, token by token in `f64`.
 
 mod config;
 mod decay;
@@ -43,8 +43,8 @@ pub trait Mixer: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// The next tokens `[B, N, dim]` of sequences whose past is in the cache, which they are added to; without gradients. For mixers
-    /// with a [`Mixer::cache`].
+    /// The next tokens `[B, N, dim]` of sequences whose past is in the cache, which they are added to; without gradients.
+    /// For mixers with a [`Mixer::cache`].
     fn forward_cached(&self, x: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         let _ = (x, cache);
         candle_core::bail!("mixer: {self:?} has no cache")

@@ -38,8 +38,8 @@ impl Model {
         Some(Cache { layers, len: 0, max_len })
     }
 
-    /// The logits `[B, N, vocab]` of the next tokens `u32 [B, N]` of sequences whose past is in the cache, which they are added to.
-    /// Without gradients. After an error the cache is of no use.
+    /// The logits `[B, N, vocab]` of the next tokens `u32 [B, N]` of sequences whose past is in the cache, which they are
+    /// added to. Without gradients. After an error the cache is of no use.
     pub fn forward_cached(&self, tokens: &Tensor, cache: &mut Cache) -> Result<Tensor> {
         let mut x = self.embedded_from(tokens, cache.len)?.detach();
         for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {

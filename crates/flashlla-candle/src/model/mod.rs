@@ -128,8 +128,8 @@ impl Model {
         })
     }
 
-    /// With activations in another type than the parameters: `bf16` over `f32` parameters, say, which are then cast wherever they are
-    /// used and have `f32` gradients.
+    /// With activations in another type than the parameters: `bf16` over `f32` parameters, say, which are then cast
+    /// wherever they are used and have `f32` gradients.
     pub fn with_activations(self, dtype: DType) -> Self {
         Self { activations: dtype, ..self }
     }

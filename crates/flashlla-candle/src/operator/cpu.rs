@@ -163,8 +163,8 @@ impl<T: Number> Saved for OnCpu<T> {
     }
 }
 
-/// The last `t` queries `q [B, HQ, t, D]` of sequences whose keys and values are all there, `k [B, H, M, D]` and `v [B, H, M, DV]`,
-/// on the CPU and out of the graph: one pass over the keys.
+/// The last `t` queries `q [B, HQ, t, D]` of sequences whose keys and values are all there, `k [B, H, M, D]` and `v [B,
+/// H, M, DV]`, on the CPU and out of the graph: one pass over the keys.
 pub(crate) fn decode(
     q: &Tensor,
     k: &Tensor,

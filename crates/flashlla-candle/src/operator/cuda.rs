@@ -254,8 +254,8 @@ pub fn forward(inputs: &Inputs) -> Result<Forward> {
                 probe_out: solved.as_ref().map(|(ptr, _)| *ptr),
                 diagnostics: None,
             };
-            // SAFETY: the stream is of the plan's GPU; what is read is held, and what is written was just taken in the stream, with
-            // the sizes that the plan has.
+            // SAFETY: the stream is of the plan's GPU; what is read is held, and what is written was just taken in the
+            // stream, with the sizes that the plan has.
             unsafe { plan.run(stream.cu_stream(), &pointers, None) }.map_err(raised)?;
         }
         let probe = match (given, solved) {
@@ -292,8 +292,9 @@ struct OnGpu {
 const SPOILT: f32 = -1e30;
 
 impl OnGpu {
-    /// The log-sum-exps, and far below any other where one is NaN or a row of `grad_out` is not finite: the kernels read what is not
-    /// finite as zeros, and with such a sum the gradients of the query and of the keys that it sees, and no others, are no numbers.
+    /// The log-sum-exps, and far below any other where one is NaN or a row of `grad_out` is not finite: the kernels read
+    /// what is not finite as zeros, and with such a sum the gradients of the query and of the keys that it sees, and no
+    /// others, are no numbers.
     fn marked(&self, grad_out: &Tensor) -> Result<Tensor> {
         let sums = grad_out.to_dtype(DType::F32)?.sum(3)?;
         let lse = (&self.lse + (sums * 0.0)?)?;

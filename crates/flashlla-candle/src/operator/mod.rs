@@ -2,18 +2,19 @@
 //!
 //! # Five inputs through an interface of three
 //!
-//! Candle's custom operators have at most three inputs and one output, and a gradient has its input's shape and type. The operator
-//! has up to five inputs (q, k, v, ridge, probe), its backward computes all their gradients at once, and it starts from what the
-//! forward saved. So:
+//! Candle's custom operators have at most three inputs and one output, and a gradient has its input's shape and type. The
+//! operator has up to five inputs (q, k, v, ridge, probe), its backward computes all their gradients at once, and it
+//! starts from what the forward saved. So:
 //!
-//! - The forward runs before the node of the graph is made. The node then owns what was saved (log-sum-exps, mean keys, probes) as
-//!   plain data, never changed: any number of backwards, from any thread, read it.
-//! - Inputs that do not fit are joined in pairs ([`joint::join`]) into one tensor of the graph, which stands for both: its gradient is
-//!   both gradients one behind the other, and the joint's backward is two views of it. It has no values to be read, the node reads the
-//!   inputs themselves. The engine writes both gradients right into it, so joining copies nothing.
+//! - The forward runs before the node of the graph is made. The node then owns what was saved (log-sum-exps, mean keys,
+//!   probes) as plain data, never changed: any number of backwards, from any thread, read it.
+//! - Inputs that do not fit are joined in pairs ([`joint::join`]) into one tensor of the graph, which stands for both:
+//!   its gradient is both gradients one behind the other, and the joint's backward is two views of it. It has no values
+//!   to be read, the node reads the inputs themselves. The engine writes both gradients right into it, so joining copies
+//!   nothing.
 //! - The scale is a number of the call, or a tensor. `scale q·k` with a ridge λ is the same problem as `q' = √scale q`,
-//!   `k' = √scale k` with scale 1 and ridge `scale λ`, of which Candle's own operations know the gradients: a scale per head needs no
-//!   support from the engines, and a scale on the GPU is not waited for.
+//!   `k' = √scale k` with scale 1 and ridge `scale λ`, of which Candle's own operations know the gradients: a scale per
+//!   head needs no support from the engines, and a scale on the GPU is not waited for.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -32,7 +33,8 @@ pub(crate) use cpu::decode;
 pub enum Scale {
     /// Any finite number.
     Number(f64),
-    /// Learned: `[]` or `[H]`, one per key head, all greater than 0. Costs a copy of queries and keys, in `f32` for half precision.
+    /// Learned: `[]` or `[H]`, one per key head, all greater than 0. Costs a copy of queries and keys, in `f32` for half
+    /// precision.
     Tensor(Tensor),
 }
 
@@ -75,10 +77,11 @@ impl AttentionOptions {
     }
 }
 
-/// Local Linear Attention of `q [B, HQ, N, D]` over `k [B, H, M, D]` and `v [B, H, M, DV]`: `[B, HQ, N, DV]`, of their type.
+/// Local Linear Attention of `q [B, HQ, N, D]` over `k [B, H, M, D]` and `v [B, H, M, DV]`: `[B, HQ, N, DV]`, of their
+/// type.
 ///
-/// Differentiable in q, k, v, ridge, scale and probe. Query head `h` reads key head `h / (HQ / H)`. Any strides are read in place (on
-/// a GPU, those whose last axis is contiguous).
+/// Differentiable in q, k, v, ridge, scale and probe. Query head `h` reads key head `h / (HQ / H)`. Any strides are read
+/// in place (on a GPU, those whose last axis is contiguous).
 ///
 /// - `ridge`: λ > 0, `f32` (or `f64` with `f64` inputs): `[]`, `[HQ]`, or `[B, HQ, N]` with 1 where it is constant.
 /// - `scale`: a number, or a tensor `[]` or `[H]`.
@@ -97,7 +100,8 @@ impl AttentionOptions {
 /// ```
 ///
 /// # Errors
-/// Shapes and types that do not fit, on the CPU also a ridge or scale that is not finite and greater than 0; each names the argument.
+/// Shapes and types that do not fit, on the CPU also a ridge or scale that is not finite and greater than 0; each names
+/// the argument.
 pub fn local_linear_attention(
     q: &Tensor,
     k: &Tensor,
@@ -111,10 +115,15 @@ pub fn local_linear_attention(
             return Err(shape(name, x.dims(), "four sizes", "batch, heads, tokens, dim"));
         }
     }
-    for (name, x) in [("k", k), ("v", v)].into_iter().chain(options.probe.as_ref().map(|x| ("probe", x))) {
+    let scale = scale.into();
+    let probe = options.probe.as_ref().map(|probe| ("probe", probe));
+    for (name, x) in [("k", k), ("v", v)].into_iter().chain(probe) {
         if x.dtype() != q.dtype() {
             return Err(value(name, x.dtype().as_str(), format!("q's type, {}", q.dtype().as_str())));
         }
+    }
+    let learned = if let Scale::Tensor(scale) = &scale { Some(("scale", scale)) } else { None };
+    for (name, x) in [("k", k), ("v", v), ("ridge", ridge)].into_iter().chain(probe).chain(learned) {
         if !x.device().same_device(q.device()) {
             let place = |x: &Tensor| format!("{:?}", x.device().location());
             return Err(value(name, place(x), format!("on q's device, {}", place(q))));
@@ -129,7 +138,7 @@ pub fn local_linear_attention(
         return Err(shape("ridge", ridge.dims(), [q.dim(1)?], meaning));
     }
     let ridge = ridge.to_dtype(wide)?;
-    match scale.into() {
+    match scale {
         Scale::Number(scale) => node::attention(q, k, v, &ridge, scale, options),
         Scale::Tensor(scale) => {
             let (wide_q, k, ridge, probe) = rescaled(q, k, &ridge, &scale.to_dtype(wide)?, &options.probe)?;
@@ -148,8 +157,8 @@ pub(crate) fn wide(dtype: DType) -> Result<DType> {
     }
 }
 
-/// The call with a scale that is a tensor, as one with scale 1: q, k, ridge and probe, in the type that sums are kept in (half precision
-/// would round queries and keys once more).
+/// The call with a scale that is a tensor, as one with scale 1: q, k, ridge and probe, in the type that sums are kept in
+/// (half precision would round queries and keys once more).
 pub(crate) fn rescaled(
     q: &Tensor,
     k: &Tensor,

@@ -49,7 +49,8 @@ impl Parameters {
 
     /// RMS normalisation of a head.
     pub fn norm(&self, name: &str, x: &[f64]) -> Vector {
-        let size = (dot(x, x) / x.len() as f64 + 1e-6).sqrt();
+        let eps = if name == "out_norm" { 1e-6 } else { f64::from(f32::EPSILON) };
+        let size = (dot(x, x) / x.len() as f64 + eps).sqrt();
         x.iter().zip(self.get(&format!("{name}.weight"))).map(|(x, gain)| x / size * gain).collect()
     }
 }
