@@ -92,7 +92,11 @@ impl Found {
         }
         for (path, document) in self.documents {
             let same = sections.iter().filter(|(name, _)| name.starts_with(&document.experiment)).count();
-            let name = if same == 0 { document.experiment.clone() } else { format!("{}-{}", document.experiment, same + 1) };
+            let name = if same == 0 {
+                document.experiment.clone()
+            } else {
+                format!("{}-{}", document.experiment, same + 1)
+            };
             let section = Section {
                 title: document.experiment,
                 source: path.display().to_string(),

@@ -42,7 +42,17 @@ fn report(place: &Path) -> PathBuf {
         let out = path(&format!("results/part{}", &part[..1]));
         flashlla(&["sweep", &path("sweep.toml"), "--out", &out, "--shard", part]);
     }
-    flashlla(&["experiment", "rates", "--quick", "--dims", "1", "--seeds", "2", "--out", &path("results/rates")]);
+    flashlla(&[
+        "experiment",
+        "rates",
+        "--quick",
+        "--dims",
+        "1",
+        "--seeds",
+        "2",
+        "--out",
+        &path("results/rates"),
+    ]);
     let shown = flashlla(&["report", &path("results"), "--out", &path("page"), "--title", "A <title>"]);
     assert_eq!(shown.trim(), path("page/index.html"));
     place.join("page/index.html")
@@ -65,7 +75,11 @@ fn a_report_gathers_what_lies_in_several_folders() {
         assert!(there == folder.join(name).exists(), "{name}");
     }
     let text = fs::read_to_string(&page).unwrap();
-    assert!(text.contains("<h2>state-tracking</h2>") && text.contains("<h2>rates</h2>") && text.contains("A &lt;title&gt;"));
+    assert!(
+        text.contains("<h2>state-tracking</h2>")
+            && text.contains("<h2>rates</h2>")
+            && text.contains("A &lt;title&gt;")
+    );
 
     // Made again over itself, and not over what is somebody else's.
     let out = |folder: &str| {
@@ -105,10 +119,14 @@ fn the_page_works_in_a_browser_on_a_phone() {
     assert!(small.as_f64().unwrap() >= 9.0, "letters of {small} pixels");
 
     // A button of the legend hides its curves in every panel of its figure, and shows them again.
-    let shown = "const [name] = arguments; return [...document.querySelector('figure').querySelectorAll('.layer')]
+    let shown =
+        "const [name] = arguments; return [...document.querySelector('figure').querySelectorAll('.layer')]
         .filter(l => l.dataset.series === name).map(l => l.getBoundingClientRect().width > 0)";
     let all = browser.run_with(shown, json!(["LLA"]));
-    assert!(!all.as_array().unwrap().is_empty() && all.as_array().unwrap().iter().all(|s| s == true), "{all}");
+    assert!(
+        !all.as_array().unwrap().is_empty() && all.as_array().unwrap().iter().all(|s| s == true),
+        "{all}"
+    );
     browser.click("figure .legend button[data-series='LLA']");
     let (lla, other) = (browser.run_with(shown, json!(["LLA"])), browser.run_with(shown, json!(["softmax"])));
     assert!(lla.as_array().unwrap().iter().all(|s| s == false), "{lla}");
@@ -117,13 +135,17 @@ fn the_page_works_in_a_browser_on_a_phone() {
     assert_eq!(browser.run_with(shown, json!(["LLA"])), all);
 
     // A column's button sorts by its numbers, upwards and downwards, and says so.
-    let column = "return [...document.querySelector('table').tBodies[0].rows].map(r => r.cells[0].textContent)";
+    let column =
+        "return [...document.querySelector('table').tBodies[0].rows].map(r => r.cells[0].textContent)";
     let button = "table th:first-child button";
     browser.click(button);
     assert_eq!(browser.run(column), json!(["2", "3"]));
     browser.click(button);
     assert_eq!(browser.run(column), json!(["3", "2"]));
-    assert_eq!(browser.run("return document.querySelector('table th').getAttribute('aria-sort')"), "descending");
+    assert_eq!(
+        browser.run("return document.querySelector('table th').getAttribute('aria-sort')"),
+        "descending"
+    );
 
     // Long tables unfold, and their numbers sort as numbers.
     browser.click("section details summary");

@@ -27,7 +27,19 @@ fn every_trained_experiment_runs_and_writes_what_it_promises() {
         ("language-model", "lla,parallax", "bits"),
     ] {
         let out = place.path().join(name);
-        let args = ["experiment", name, "--quick", "--steps", "2", "--seeds", "1", "--mixers", mixers, "--json", "--out"];
+        let args = [
+            "experiment",
+            name,
+            "--quick",
+            "--steps",
+            "2",
+            "--seeds",
+            "1",
+            "--mixers",
+            mixers,
+            "--json",
+            "--out",
+        ];
         let output = flashlla(&[&args[..], &[out.to_str().unwrap()]].concat());
         assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
         assert!(output.stderr.is_empty(), "nothing but results when no terminal listens");
@@ -65,7 +77,9 @@ fn a_models_loss_falls() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         for run in fs::read_dir(out.join("runs")).unwrap() {
             let rows = flashlla_lab::train::RunFolder::at(&run.unwrap().path()).rows().unwrap();
-            let mean = |rows: &[flashlla_lab::train::Row]| rows.iter().map(|row| row.loss).sum::<f64>() / rows.len() as f64;
+            let mean = |rows: &[flashlla_lab::train::Row]| {
+                rows.iter().map(|row| row.loss).sum::<f64>() / rows.len() as f64
+            };
             let (first, last) = (mean(&rows[..5]), mean(&rows[rows.len() - 5..]));
             assert!(last < 0.8 * first, "{optimizer}: from {first} to {last}");
         }
@@ -90,7 +104,8 @@ fn what_cannot_be_done_is_said_in_one_line() {
         let message = refused(&[&["experiment", "mqar", "--out", &path("out")], args].concat(), 2);
         assert!(message.contains(expected), "{message}");
     }
-    let message = refused(&["experiment", "language-model", "--text", &path("none.txt"), "--out", &path("text")], 1);
+    let message =
+        refused(&["experiment", "language-model", "--text", &path("none.txt"), "--out", &path("text")], 1);
     assert!(message.contains("none.txt"), "{message}");
     assert!(!Path::new(&path("out")).exists());
     #[cfg(not(feature = "train-cuda"))]
@@ -123,8 +138,12 @@ fn the_cost_experiment_measures_all_it_names() {
     assert_eq!(costs.len(), 2 * (8 + 4 + 4));
     assert!(costs.iter().all(|cost| cost["seconds"].as_f64().unwrap() > 0.0));
     for curve in document["results"]["iterations"].as_array().unwrap() {
-        let errors: Vec<f64> =
-            curve["points"].as_array().unwrap().iter().map(|p| p["error"]["mean"].as_f64().unwrap()).collect();
+        let errors: Vec<f64> = curve["points"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|p| p["error"]["mean"].as_f64().unwrap())
+            .collect();
         assert!(errors.iter().all(|e| e.is_finite()) && errors[8] < errors[0], "{errors:?}");
         if curve["ridge"] == 10.0 && curve["keys"] == "Gaussian" {
             assert!(errors[8] < 1e-4, "{errors:?}");

@@ -15,9 +15,9 @@ mod recorded;
 mod test_time_regression;
 pub mod trained;
 
+pub(crate) use estimators::Pairs;
 #[cfg(test)]
 pub(crate) use estimators::{row_errors, squared_norm};
-pub(crate) use estimators::Pairs;
 pub(crate) use mixers::normalise;
 
 use crate::options::thread_pool;

@@ -1,7 +1,7 @@
 //! Axes: where values lie and which of them are labelled.
 
-use serde::{Deserialize, Serialize};
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
+use serde::{Deserialize, Serialize};
 
 /// How values are spread along an [`Axis`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

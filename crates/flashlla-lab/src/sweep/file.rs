@@ -75,7 +75,8 @@ impl Sweep {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|error| Error::failed(format!("{name}: {error}")))?;
+        let text =
+            std::fs::read_to_string(path).map_err(|error| Error::failed(format!("{name}: {error}")))?;
         Self::parse(&name, &text)
     }
 
@@ -121,7 +122,9 @@ impl Sweep {
         let [tasks, models, trainings] = sections;
         let (tasks, models, trainings) = (tasks?, models?, trainings?);
         let count = [&mixers, &seeds].map(Vec::len).into_iter();
-        let count = count.chain([&tasks, &models, &trainings].map(Vec::len)).try_fold(1usize, |a, b| a.checked_mul(b));
+        let count = count
+            .chain([&tasks, &models, &trainings].map(Vec::len))
+            .try_fold(1usize, |a, b| a.checked_mul(b));
         if count.is_none_or(|count| count > MOST) {
             return Err(Error::failed(format!("{name}: asks for more than {MOST} runs")));
         }
@@ -135,7 +138,12 @@ impl Sweep {
                             let mut model = model.clone();
                             model.insert("mixer".into(), mixer.clone());
                             let mut run = Table::new();
-                            run.insert("task".into(), Value::Table([(task.to_string(), options.clone().into())].into_iter().collect()));
+                            run.insert(
+                                "task".into(),
+                                Value::Table(
+                                    [(task.to_string(), options.clone().into())].into_iter().collect(),
+                                ),
+                            );
                             run.insert("model".into(), model.into());
                             run.insert("training".into(), training.clone().into());
                             run.insert("seed".into(), seed.clone());
@@ -176,7 +184,13 @@ fn combinations(
     };
     // Defaults that are a list of sections go as a whole, or not at all, save for what all of them have.
     let defaults = match (&given[..], by_default) {
-        ([], all) => return all.into_iter().map(|table| expand(source, section, table)).collect::<Result<Vec<_>>>().map(|all| all.concat()),
+        ([], all) => {
+            return all
+                .into_iter()
+                .map(|table| expand(source, section, table))
+                .collect::<Result<Vec<_>>>()
+                .map(|all| all.concat());
+        }
         (_, all) => all.into_iter().next().unwrap_or_default(),
     };
     let with_defaults = |table: Table| {
@@ -192,9 +206,10 @@ fn tables(value: Option<Value>) -> Option<Vec<Table>> {
     match value {
         None => Some(vec![]),
         Some(Value::Table(table)) => Some(vec![table]),
-        Some(Value::Array(values)) => {
-            values.into_iter().map(|value| if let Value::Table(table) = value { Some(table) } else { None }).collect()
-        }
+        Some(Value::Array(values)) => values
+            .into_iter()
+            .map(|value| if let Value::Table(table) = value { Some(table) } else { None })
+            .collect(),
         Some(_) => None,
     }
 }
@@ -279,12 +294,21 @@ mod tests {
     #[test]
     fn a_mistake_is_told_with_its_line_and_key() {
         for (text, expected) in [
-            ("[mqar]\npairs = 4\n\n[training]\nsteps = 'many'\n", &["my.toml:5: training.steps: ", "many"][..]),
+            (
+                "[mqar]\npairs = 4\n\n[training]\nsteps = 'many'\n",
+                &["my.toml:5: training.steps: ", "many"][..],
+            ),
             ("[mqar]\npears = 4\n", &["my.toml:2: mqar.pears: ", "unknown field `pears`", "`pairs`"]),
-            ("[mqar]\n[training]\nbatch = 1\nsteps = [1, 0]\n", &["my.toml:4: training.steps: must be at least 1, not 0"]),
+            (
+                "[mqar]\n[training]\nbatch = 1\nsteps = [1, 0]\n",
+                &["my.toml:4: training.steps: must be at least 1, not 0"],
+            ),
             ("[mqar]\npairs = 4\nlength = 15\n", &["my.toml:3: mqar.length: ", "from 16", "not 15"]),
             ("mixers = [\n  'lla',\n  'sofmax']\n[mqar]\n", &["my.toml:1: mixers: ", "sofmax", "`softmax`"]),
-            ("[mqar]\n[training]\noptimizer = 'adam'\n", &["my.toml:3: training.optimizer: ", "`adamw`", "`muon`"]),
+            (
+                "[mqar]\n[training]\noptimizer = 'adam'\n",
+                &["my.toml:3: training.optimizer: ", "`adamw`", "`muon`"],
+            ),
             ("[mqar]\npairs = -1\n", &["my.toml:2: mqar.pairs: ", "-1"]),
             ("[mqar]\npairs = []\n", &["my.toml:2: mqar.pairs: must not be an empty list"]),
             ("seeds = 3\n[mqar]\n", &["my.toml:1: seeds: must be a list"]),
@@ -294,7 +318,10 @@ mod tests {
             ("[mqar]\npairs = = 4\n", &["my.toml:2: "]),
             ("[mqar]\npairs = 4\npairs = 5\n", &["my.toml:3: ", "duplicate"]),
             ("model = 3\n[mqar]\n", &["my.toml:1: model: must be a section"]),
-            ("[mqar]\n[model]\ndim = 30\nheads = 4\n", &["my.toml:4: model.heads: must divide dim (30), not 4"]),
+            (
+                "[mqar]\n[model]\ndim = 30\nheads = 4\n",
+                &["my.toml:4: model.heads: must divide dim (30), not 4"],
+            ),
         ] {
             let message = refused(text);
             assert!(expected.iter().all(|part| message.contains(part)), "{text:?}: {message}");

@@ -28,7 +28,8 @@ impl FromStr for Shard {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let numbers = text.split_once('/').and_then(|(part, of)| Some((part.parse().ok()?, of.parse().ok()?)));
+        let numbers =
+            text.split_once('/').and_then(|(part, of)| Some((part.parse().ok()?, of.parse().ok()?)));
         match numbers {
             Some((part, of)) if (1..=of).contains(&part) => Ok(Self { part, of }),
             _ => Err("must be I/N with I from 1 to N, such as 1/4".into()),
@@ -38,7 +39,13 @@ impl FromStr for Shard {
 
 /// Does the runs of a part of a sweep in folders under `runs`, so many at a time on so many threads in all; those that another
 /// process is at are left to it.
-pub fn run(sweep: &Sweep, shard: Shard, runs: &Path, (jobs, threads): (usize, usize), pace: &Pace) -> Result<()> {
+pub fn run(
+    sweep: &Sweep,
+    shard: Shard,
+    runs: &Path,
+    (jobs, threads): (usize, usize),
+    pace: &Pace,
+) -> Result<()> {
     let mine: Vec<&RunSpec> = sweep.runs.iter().skip(shard.part - 1).step_by(shard.of).collect();
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(vec![]));
     let work = |bars: &indicatif::MultiProgress| {
@@ -47,7 +54,10 @@ pub fn run(sweep: &Sweep, shard: Shard, runs: &Path, (jobs, threads): (usize, us
             let folder = RunFolder::at(&runs.join(&name));
             let done = folder.claim(spec).and_then(|lock| match lock {
                 // The lock holds as long as the file is open: until the run has ended.
-                Some(_lock) => train(spec, &folder, &Pace { label: name.clone(), bars: bars.clone(), ..pace.clone() }).map(drop),
+                Some(_lock) => {
+                    train(spec, &folder, &Pace { label: name.clone(), bars: bars.clone(), ..pace.clone() })
+                        .map(drop)
+                }
                 None => Ok(()),
             });
             if let Err(error) = done {
@@ -67,9 +77,11 @@ pub fn run(sweep: &Sweep, shard: Shard, runs: &Path, (jobs, threads): (usize, us
     match &failures[..] {
         [] => Ok(()),
         [only] => Err(Error::failed(only)),
-        [first, ..] => {
-            Err(Error::failed(format!("{} of {} runs failed; the first: {first}", failures.len(), mine.len())))
-        }
+        [first, ..] => Err(Error::failed(format!(
+            "{} of {} runs failed; the first: {first}",
+            failures.len(),
+            mine.len()
+        ))),
     }
 }
 

@@ -43,7 +43,8 @@ impl Recall {
     fn gaps(&self, rng: &mut ChaCha8Rng, places: usize) -> Vec<usize> {
         let weight = |i: usize| ((i + 1) as f64).powf(self.power - 1.0);
         // The range of weights is finite and positive whatever the power: drawing cannot fail.
-        index::sample_weighted(rng, places, weight, self.pairs).map_or_else(|_| vec![], |drawn| drawn.into_vec())
+        index::sample_weighted(rng, places, weight, self.pairs)
+            .map_or_else(|_| vec![], |drawn| drawn.into_vec())
     }
 }
 
@@ -57,7 +58,8 @@ impl Task for Recall {
         let (mut tokens, mut at, mut answers) = (vec![], vec![], vec![]);
         for sequence in 0..size {
             // Token 0 is neither key nor value, as in Zoology.
-            let keys: Vec<u32> = index::sample(rng, half - 1, self.pairs).iter().map(|i| i as u32 + 1).collect();
+            let keys: Vec<u32> =
+                index::sample(rng, half - 1, self.pairs).iter().map(|i| i as u32 + 1).collect();
             let values = index::sample(rng, self.vocabulary - half, self.pairs);
             let values: Vec<u32> = values.iter().map(|i| (i + half) as u32).collect();
             let start = tokens.len();

@@ -108,7 +108,10 @@ mod tests {
                     seen[token as usize] = true;
                 }
             }
-            assert!(seen[range.start as usize..range.end as usize - 1].iter().all(|&s| s), "all of it is used");
+            assert!(
+                seen[range.start as usize..range.end as usize - 1].iter().all(|&s| s),
+                "all of it is used"
+            );
         }
     }
 

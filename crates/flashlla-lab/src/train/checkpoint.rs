@@ -37,11 +37,13 @@ impl Checkpoint {
     /// Writes the weights and the optimiser's state.
     pub fn save(self, path: &Path, weights: &BTreeMap<String, Var>, optimizer: &Optimizer) -> Result<()> {
         let mut tensors: Vec<(String, Tensor)> = optimizer.state();
-        tensors.extend(weights.iter().map(|(name, var)| (format!("{WEIGHT}{name}"), var.as_tensor().clone())));
+        tensors
+            .extend(weights.iter().map(|(name, var)| (format!("{WEIGHT}{name}"), var.as_tensor().clone())));
         // Numbers to the bit: what goes on must be what was.
         let numbers = [("seconds", self.seconds), ("losses", self.pending.0), ("norms", self.pending.1)];
         let about = [("step", self.step)].into_iter().chain(numbers.map(|(key, x)| (key, x.to_bits())));
-        let about: HashMap<String, String> = about.map(|(key, value)| (key.into(), value.to_string())).collect();
+        let about: HashMap<String, String> =
+            about.map(|(key, value)| (key.into(), value.to_string())).collect();
         replace(path, |partial| {
             safetensors::serialize_to_file(tensors, Some(about), partial)
                 .map_err(|error| Error::failed(format!("{}: {error}", path.display())))

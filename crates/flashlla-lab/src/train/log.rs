@@ -54,7 +54,8 @@ impl Log {
 
     /// Adds a line; it is in the file when this returns.
     pub fn add(&mut self, row: &Row) -> Result<()> {
-        let failed = |error: &dyn std::fmt::Display| Error::failed(format!("{}: {error}", self.path.display()));
+        let failed =
+            |error: &dyn std::fmt::Display| Error::failed(format!("{}: {error}", self.path.display()));
         self.writer.serialize(row).map_err(|error| failed(&error))?;
         self.writer.flush().map_err(|error| failed(&error))
     }
@@ -85,7 +86,14 @@ mod tests {
 
     fn row(step: u64) -> Row {
         let loss = 1.0 / step as f64;
-        Row { step, loss, learning_rate: 1e-3, gradient_norm: 2.5, score: (step == 2).then_some(0.5), seconds: 0.1 }
+        Row {
+            step,
+            loss,
+            learning_rate: 1e-3,
+            gradient_norm: 2.5,
+            score: (step == 2).then_some(0.5),
+            seconds: 0.1,
+        }
     }
 
     #[test]

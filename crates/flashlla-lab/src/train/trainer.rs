@@ -3,9 +3,9 @@
 use super::{
     Checkpoint, Finished, Log, Network, Optimizer, Row, RunFolder, RunSpec, Status, candle, learning_rate,
 };
+use crate::Result;
 use crate::report::progress;
 use crate::tasks::{Split, Task};
-use crate::Result;
 use candle_core::Device;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -79,7 +79,14 @@ impl Run<'_> {
                 let of = count as f64;
                 let score = metrics.as_ref().and_then(|m| m.get(self.spec.task.score().name).copied());
                 let (loss, gradient_norm) = (pending.0 / of, pending.1 / of);
-                log.add(&Row { step: made, loss, learning_rate: rate, gradient_norm, score, seconds: seconds() })?;
+                log.add(&Row {
+                    step: made,
+                    loss,
+                    learning_rate: rate,
+                    gradient_norm,
+                    score,
+                    seconds: seconds(),
+                })?;
                 (pending, count) = ((0.0, 0.0), 0);
             }
             if !end && saved.elapsed() >= self.pace.checkpoint_every {

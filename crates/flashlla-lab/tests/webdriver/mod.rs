@@ -18,12 +18,15 @@ impl Browser {
     /// FLASHLLA_REQUIRE_BROWSER=1 makes that an error.
     pub fn start() -> Option<Self> {
         let required = std::env::var("FLASHLLA_REQUIRE_BROWSER").is_ok_and(|value| value == "1");
-        let started = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+        let started =
+            Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let mut driver = match started {
             Ok(driver) => driver,
             Err(error) if required => panic!("chromedriver: {error}"),
             Err(error) => {
-                println!("skipped: no chromedriver on this machine ({error}); install chromium and chromium-driver");
+                println!(
+                    "skipped: no chromedriver on this machine ({error}); install chromium and chromium-driver"
+                );
                 return None;
             }
         };
@@ -103,7 +106,10 @@ impl Browser {
 
     /// Writes what is seen to a PNG file.
     pub fn screenshot(&mut self, path: &Path) {
-        let shot = self.command("goog/cdp/execute", json!({"cmd": "Page.captureScreenshot", "params": {"captureBeyondViewport": true}}));
+        let shot = self.command(
+            "goog/cdp/execute",
+            json!({"cmd": "Page.captureScreenshot", "params": {"captureBeyondViewport": true}}),
+        );
         // The standard alphabet, four letters for three bytes.
         let letters = shot["data"].as_str().unwrap().bytes().filter_map(|letter| {
             Some(match letter {
@@ -117,7 +123,8 @@ impl Browser {
         });
         let letters: Vec<u8> = letters.collect();
         let bytes = letters.chunks(4).flat_map(|part| {
-            let word = part.iter().fold(0u32, |word, letter| word << 6 | u32::from(*letter)) << (6 * (4 - part.len()));
+            let word = part.iter().fold(0u32, |word, letter| word << 6 | u32::from(*letter))
+                << (6 * (4 - part.len()));
             word.to_be_bytes()[1..part.len()].to_vec()
         });
         std::fs::write(path, bytes.collect::<Vec<u8>>()).unwrap();

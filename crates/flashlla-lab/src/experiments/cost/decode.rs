@@ -26,7 +26,8 @@ pub fn steps(shape: Shape) -> Result<[Cost; 4]> {
     let view = |data| View::bhnd(data, size).map_err(Error::failed);
     let lengths = vec![tokens; batch];
     let cache = CacheView::contiguous(view(&k)?, view(&v)?, &lengths).map_err(Error::failed)?;
-    let attention = Attention::builder_for_cache(&q.view(), &cache).ridge(1.0).build().map_err(Error::failed)?;
+    let attention =
+        Attention::builder_for_cache(&q.view(), &cache).ridge(1.0).build().map_err(Error::failed)?;
     let zero = Tensor::<f32>::zeros(&one);
     let decoding = || attention.decoding(q.view(), &cache).map_err(Error::failed);
     let lla = measure(|| Cpu::new().decode(&decoding()?).map_err(Error::failed))?;
@@ -37,14 +38,20 @@ pub fn steps(shape: Shape) -> Result<[Cost; 4]> {
 
     // The states after as many tokens: their size does not depend on it, but how far the solves must go does.
     let mut states: Vec<State> = (0..batch * heads).map(|_| State::new(dim)).collect();
-    for (state, (k, v)) in states.iter_mut().zip(k.chunks_exact(tokens * dim).zip(v.chunks_exact(tokens * dim))) {
+    for (state, (k, v)) in
+        states.iter_mut().zip(k.chunks_exact(tokens * dim).zip(v.chunks_exact(tokens * dim)))
+    {
         k.chunks_exact(dim).zip(v.chunks_exact(dim)).for_each(|(k, v)| state.add(k, v));
     }
     let each = |step: &dyn Fn(&mut State, &[f32], &[f32], &[f32]) -> Vec<f32>| {
         let mut states = states.clone();
         measure(|| {
             let rows = q.data().chunks_exact(dim).zip(k.chunks_exact(dim).zip(v.chunks_exact(dim)));
-            Ok(states.iter_mut().zip(rows).map(|(state, (q, (k, v)))| step(state, q, k, v)).collect::<Vec<_>>())
+            Ok(states
+                .iter_mut()
+                .zip(rows)
+                .map(|(state, (q, (k, v)))| step(state, q, k, v))
+                .collect::<Vec<_>>())
         })
     };
     let linear = each(&State::linear)?;
@@ -79,7 +86,8 @@ impl State {
 
     /// Linear attention with the features `elu + 1`.
     fn linear(&mut self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-        let feature = |x: &[f32]| x.iter().map(|&x| if x > 0.0 { x + 1.0 } else { x.exp() }).collect::<Vec<_>>();
+        let feature =
+            |x: &[f32]| x.iter().map(|&x| if x > 0.0 { x + 1.0 } else { x.exp() }).collect::<Vec<_>>();
         let (q, k) = (feature(q), feature(k));
         self.add_pair(&k, v);
         let total = dot(&q, &self.normaliser);

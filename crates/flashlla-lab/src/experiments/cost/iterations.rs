@@ -49,7 +49,14 @@ pub struct Point {
 pub const STEPS: [usize; 9] = [1, 2, 3, 4, 6, 8, 12, 16, 32];
 
 /// One head of `tokens` queries and keys, causal, in f32.
-pub fn curve(tokens: usize, dim: usize, ridge: f64, keys: Keys, seed: u64, device: Device) -> Result<Vec<Point>> {
+pub fn curve(
+    tokens: usize,
+    dim: usize,
+    ridge: f64,
+    keys: Keys,
+    seed: u64,
+    device: Device,
+) -> Result<Vec<Point>> {
     let engine = AnyEngine::open(device)?;
     let size = [1, 1, tokens, dim];
     let random = |stream: u64, keys: Keys| {

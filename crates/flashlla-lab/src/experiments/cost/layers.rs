@@ -27,11 +27,15 @@ pub struct Passes {
 /// A layer with its projections, causal, in f32.
 pub fn layer(kind: MixerKind, shape: Shape, device: &CandleDevice) -> Result<Passes> {
     let run = || -> candle_core::Result<(Cost, Cost)> {
-        let config = MixerConfig { max_len: shape.tokens, ..MixerConfig::new(kind, shape.heads * shape.dim, shape.heads) };
+        let config = MixerConfig {
+            max_len: shape.tokens,
+            ..MixerConfig::new(kind, shape.heads * shape.dim, shape.heads)
+        };
         let weights = VarMap::new();
         let layer = mixer(&config, seeded(&weights, 0, DType::F32, device))?;
         let count = shape.batch * shape.tokens * config.dim;
-        let x = CandleTensor::from_vec(normal::<f32>(1, count), (shape.batch, shape.tokens, config.dim), device)?;
+        let x =
+            CandleTensor::from_vec(normal::<f32>(1, count), (shape.batch, shape.tokens, config.dim), device)?;
         let x = Var::from_tensor(&x)?;
         let done = |error: Error| candle_core::Error::Msg(error.to_string());
         let forward = measure(|| {

@@ -15,7 +15,9 @@ use super::Common;
 use super::trained::{candle_device, look};
 use crate::Result;
 use crate::options::Device;
-use crate::report::{Axis, Cell, Figure, Mark, Panel, Report, Scale, Series, Summary, Table, colours, progress};
+use crate::report::{
+    Axis, Cell, Figure, Mark, Panel, Report, Scale, Series, Summary, Table, colours, progress,
+};
 use clap::Args;
 use flashlla_candle::MixerKind;
 use iterations::{Keys, Point};
@@ -90,14 +92,16 @@ impl Options {
         let seeds = self.common.seeds(if quick { 2 } else { 3 });
         let ridges = [10.0, 1.0, 0.1];
 
-        let bar = progress::bar("measurements", tokens.len() * 7 + ridges.len() * Keys::ALL.len() * seeds.len());
+        let bar =
+            progress::bar("measurements", tokens.len() * 7 + ridges.len() * Keys::ALL.len() * seeds.len());
         let mut lines = vec![];
         for &n in &tokens {
             for kind in layers::LAYERS {
                 add(&mut lines, LAYER, look(kind).0, n, layers::layer(kind, shape(n), &candle)?);
                 bar.inc(1);
             }
-            for (softmax, of) in [(true, look(MixerKind::Softmax).0), (false, look(MixerKind::LocalLinear).0)] {
+            for (softmax, of) in [(true, look(MixerKind::Softmax).0), (false, look(MixerKind::LocalLinear).0)]
+            {
                 add(&mut lines, OPERATOR, of, n, layers::operator(shape(n), softmax, self.device)?);
                 bar.inc(1);
             }
@@ -127,17 +131,30 @@ impl Options {
         let (heads, dim) = (shape.heads, shape.dim);
         let mut iterations = Table::new(
             "iterations",
-            &format!("Conjugate-gradient steps, N = {}, D = {dim}: error of the output (mean ± standard error over seeds), time of the forward", shape.tokens),
+            &format!(
+                "Conjugate-gradient steps, N = {}, D = {dim}: error of the output (mean ± standard error over seeds), time of the forward",
+                shape.tokens
+            ),
             &["keys", "ridge", "steps", "error", "ms"],
         );
         for curve in curves {
             for (i, &steps) in iterations::STEPS.iter().enumerate() {
                 let (error, seconds) = (curve.error(i), curve.seconds(i));
                 let error = Cell::Spread(error.mean, error.se);
-                iterations.push([curve.keys.name().into(), curve.ridge.into(), steps.into(), error, (seconds * 1e3).into()]);
+                iterations.push([
+                    curve.keys.name().into(),
+                    curve.ridge.into(),
+                    steps.into(),
+                    error,
+                    (seconds * 1e3).into(),
+                ]);
             }
         }
-        let figures = vec![cost_figure("time", lines, |cost| cost.seconds * 1e3, "milliseconds"), cost_figure("memory", lines, |cost| cost.bytes as f64 / 1048576.0, "MiB at most"), iteration_figure(curves, shape)];
+        let figures = vec![
+            cost_figure("time", lines, |cost| cost.seconds * 1e3, "milliseconds"),
+            cost_figure("memory", lines, |cost| cost.bytes as f64 / 1048576.0, "MiB at most"),
+            iteration_figure(curves, shape),
+        ];
         Report {
             name: NAME,
             settings: json!({
@@ -278,13 +295,12 @@ fn iteration_figure(curves: &[Curve], shape: Shape) -> Figure {
 }
 
 fn results(lines: &[Line], curves: &[Curve]) -> Value {
-    let line = |line: &Line| {
-        json!({"what": line.what, "of": line.of, "tokens": line.tokens, "seconds": line.cost.seconds, "bytes": line.cost.bytes})
-    };
+    let line = |line: &Line| json!({"what": line.what, "of": line.of, "tokens": line.tokens, "seconds": line.cost.seconds, "bytes": line.cost.bytes});
     let curve = |curve: &Curve| {
-        let points = iterations::STEPS.iter().enumerate().map(|(i, steps)| {
-            json!({"steps": steps, "error": curve.error(i), "seconds": curve.seconds(i)})
-        });
+        let points = iterations::STEPS
+            .iter()
+            .enumerate()
+            .map(|(i, steps)| json!({"steps": steps, "error": curve.error(i), "seconds": curve.seconds(i)}));
         json!({"keys": curve.keys.name(), "ridge": curve.ridge, "points": points.collect::<Vec<_>>()})
     };
     json!({
@@ -302,7 +318,8 @@ fn findings(lines: &[Line]) -> Vec<String> {
         let others = decode::NAMES[..3].iter();
         let others = others.filter_map(|of| Some(format!("{of}'s {:.2}", lla / seconds(what, of)?)));
         let others: Vec<String> = others.collect();
-        (!others.is_empty()).then(|| format!("{what}, N = {n}: LLA's time in units of {}.", others.join(", ")))
+        (!others.is_empty())
+            .then(|| format!("{what}, N = {n}: LLA's time in units of {}.", others.join(", ")))
     };
     kinds(lines).iter().filter_map(sentence).collect()
 }

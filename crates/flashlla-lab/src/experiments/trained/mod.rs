@@ -154,7 +154,8 @@ impl Options {
             run.training.steps = self.steps.unwrap_or(run.training.steps);
             if let (TaskSpec::LanguageModel(task), Some(file)) = (&mut run.task, text) {
                 // Results must not depend on where the program is called.
-                let whole = std::path::absolute(file).map_err(|error| Error::failed(format!("--text: {error}")))?;
+                let whole =
+                    std::path::absolute(file).map_err(|error| Error::failed(format!("--text: {error}")))?;
                 task.file = Some(whole);
             }
             run.seed = run.seed.wrapping_add(self.common.seed);

@@ -152,7 +152,8 @@ fn options(spec: &RunSpec) -> Result<BTreeMap<String, Value>> {
 impl Grid {
     /// Of at least one run, all of one task.
     pub fn new(runs: Vec<Ran>) -> Result<Self> {
-        let flat: Vec<BTreeMap<String, Value>> = runs.iter().map(|run| options(&run.spec)).collect::<Result<_>>()?;
+        let flat: Vec<BTreeMap<String, Value>> =
+            runs.iter().map(|run| options(&run.spec)).collect::<Result<_>>()?;
         let keys: BTreeSet<&String> = flat.iter().flat_map(BTreeMap::keys).collect();
         let first = flat.first();
         let (shared, varied): (Vec<&String>, Vec<&String>) = keys
@@ -179,7 +180,9 @@ impl Grid {
             let cell = Cell { diverged: all - runs.len(), runs, learning_rate };
             // Fewer that diverge first, then the better mean.
             let rank = |cell: &Cell| {
-                let mean = cell.summary().map_or(f64::INFINITY, |s| if score.higher_is_better { -s.mean } else { s.mean });
+                let mean = cell
+                    .summary()
+                    .map_or(f64::INFINITY, |s| if score.higher_is_better { -s.mean } else { s.mean });
                 (cell.diverged, mean)
             };
             let row = cells.entry(setting).or_default();
@@ -227,7 +230,15 @@ mod tests {
             (_, true, _) => Some(0.75),
             _ => Some(0.25),
         };
-        let grid = Grid::new(runs.into_iter().map(|spec| { let score = score(&spec); ran(spec, score) }).collect()).unwrap();
+        let grid = Grid::new(
+            runs.into_iter()
+                .map(|spec| {
+                    let score = score(&spec);
+                    ran(spec, score)
+                })
+                .collect(),
+        )
+        .unwrap();
         assert_eq!(grid.varied, ["model.dim"]);
         assert_eq!(grid.mixers, [MixerKind::Softmax, MixerKind::LocalLinear]);
         assert_eq!(grid.shared["mqar.pairs"], 2);

@@ -49,7 +49,20 @@ fn short(key: &str) -> &str {
 
 /// Every run by itself.
 fn list(runs: &[Ran], score: Score) -> Table {
-    let columns = ["run", "mixer", "seed", "learning rate", "optimizer", "status", "steps", score.name, "loss", "parameters", "seconds", "device"];
+    let columns = [
+        "run",
+        "mixer",
+        "seed",
+        "learning rate",
+        "optimizer",
+        "status",
+        "steps",
+        score.name,
+        "loss",
+        "parameters",
+        "seconds",
+        "device",
+    ];
     let mut table = Table::new("runs", "Every run", &columns);
     let number = |x: Option<f64>| x.map_or(Cell::from(""), Cell::from);
     for run in runs {
@@ -116,7 +129,8 @@ impl View<'_> {
             for (kind, cell) in row {
                 for (step, summary) in cell.curve() {
                     let settings = setting.iter().map(Setting::cell);
-                    let rest = [kind.name().into(), (step as usize).into(), Cell::Spread(summary.mean, summary.se)];
+                    let rest =
+                        [kind.name().into(), (step as usize).into(), Cell::Spread(summary.mean, summary.se)];
                     table.push(settings.chain(rest));
                 }
             }
@@ -135,7 +149,10 @@ impl View<'_> {
     /// What a panel is titled: the values of the options besides the axis.
     fn title(&self, setting: &[Setting], but: Option<usize>) -> String {
         let named = self.grid.varied.iter().zip(setting).enumerate().filter(|(i, _)| Some(*i) != but);
-        named.map(|(_, (key, value))| format!("{} {}", short(key), value.text())).collect::<Vec<_>>().join(", ")
+        named
+            .map(|(_, (key, value))| format!("{} {}", short(key), value.text()))
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 
     /// The final scores: curves over the axis, or bars where there is none.
@@ -254,7 +271,8 @@ impl View<'_> {
                 each.collect::<Vec<_>>().join(", ")
             ));
         }
-        let diverged: usize = self.grid.cells.values().flat_map(BTreeMap::values).map(|cell| cell.diverged).sum();
+        let diverged: usize =
+            self.grid.cells.values().flat_map(BTreeMap::values).map(|cell| cell.diverged).sum();
         if diverged > 0 {
             findings.push(format!("{diverged} runs diverged; they count for nothing in the means."));
         }

@@ -117,7 +117,8 @@ impl Panel {
             if !matches!(part, Part::Series(_)) {
                 let style = text(30, INK).pos(Pos::new(HPos::Center, VPos::Center));
                 let middle = head.dim_in_pixel().0 as i32 / 2;
-                head.draw(&Text::new(self.title.clone(), (middle, CAPTION as i32 / 2 + 4), style)).map_err(drawing)?;
+                head.draw(&Text::new(self.title.clone(), (middle, CAPTION as i32 / 2 + 4), style))
+                    .map_err(drawing)?;
             }
             body
         };
@@ -163,7 +164,13 @@ impl Panel {
         ((bars(&self.series[..place]) + 0.5) * width - 0.4, width)
     }
 
-    fn draw_series(&self, chart: &mut Chart, place: usize, series: &Series, (y0, y1): (f64, f64)) -> Result<()> {
+    fn draw_series(
+        &self,
+        chart: &mut Chart,
+        place: usize,
+        series: &Series,
+        (y0, y1): (f64, f64),
+    ) -> Result<()> {
         let (shift, bar_width) = if series.mark == Mark::Bar { self.bar(place) } else { (0.0, 0.0) };
         let places: Vec<(f64, f64)> =
             series.points.iter().map(|p| (self.x.place(p.0) + shift, self.y.place(p.1))).collect();
@@ -179,7 +186,8 @@ impl Panel {
             }
             Mark::Bar => {
                 let half = 0.46 * bar_width;
-                let bar = |&(x, y): &(f64, f64)| Rectangle::new([(x - half, y0), (x + half, y)], colour.filled());
+                let bar =
+                    |&(x, y): &(f64, f64)| Rectangle::new([(x - half, y0), (x + half, y)], colour.filled());
                 chart.draw_series(places.iter().map(bar)).map(drop)
             }
         }
@@ -190,7 +198,8 @@ impl Panel {
                 if error > 0.0 {
                     let (low, high) = (self.y.place(y - error).max(y0), self.y.place(y + error).min(y1));
                     let cap = |at: f64| {
-                        EmptyElement::at((x, at)) + PathElement::new(vec![(-7, 0), (7, 0)], ink.stroke_width(3))
+                        EmptyElement::at((x, at))
+                            + PathElement::new(vec![(-7, 0), (7, 0)], ink.stroke_width(3))
                     };
                     chart
                         .draw_series([PathElement::new(vec![(x, low), (x, high)], ink.stroke_width(3))])

@@ -75,7 +75,8 @@ fn sample(area: &Root, entry: &Series, (x, y): (i32, i32)) -> Result<()> {
     let colour = entry.colour;
     match entry.mark {
         Mark::Bar => {
-            area.draw(&Rectangle::new([(x + 14, y - 14), (x + 50, y + 14)], colour.filled())).map_err(drawing)?;
+            area.draw(&Rectangle::new([(x + 14, y - 14), (x + 50, y + 14)], colour.filled()))
+                .map_err(drawing)?;
         }
         Mark::Dashed => {
             for dash in 0..3 {
@@ -85,7 +86,8 @@ fn sample(area: &Root, entry: &Series, (x, y): (i32, i32)) -> Result<()> {
             }
         }
         Mark::Line(_) | Mark::Thin => {
-            area.draw(&PathElement::new(vec![(x, y), (x + SAMPLE, y)], colour.stroke_width(5))).map_err(drawing)?;
+            area.draw(&PathElement::new(vec![(x, y), (x + SAMPLE, y)], colour.stroke_width(5)))
+                .map_err(drawing)?;
         }
         Mark::Dot(_) => {}
     }

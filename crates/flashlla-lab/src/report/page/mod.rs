@@ -171,8 +171,13 @@ mod tests {
             y: Axis::new("y", Scale::Linear),
             series: vec![series("LLA", colours::VERMILLION), series("soft\"max", colours::BLUE)],
         };
-        let figure =
-            Figure { name: "f".into(), title: "A figure".into(), columns: 1, stretch: 1.0, panels: vec![panel; 2] };
+        let figure = Figure {
+            name: "f".into(),
+            title: "A figure".into(),
+            columns: 1,
+            stretch: 1.0,
+            panels: vec![panel; 2],
+        };
         let section = Section {
             title: "Sec & tion".into(),
             source: "somewhere".into(),
@@ -183,14 +188,20 @@ mod tests {
             settings: serde_json::json!({"seed": 3}),
         };
         let text = page("Title", &[section]).unwrap();
-        assert!(text.contains("Sec &amp; tion") && text.contains("It is so.") && text.contains("1.500 ± 0.25"));
+        assert!(
+            text.contains("Sec &amp; tion") && text.contains("It is so.") && text.contains("1.500 ± 0.25")
+        );
         assert!(!text.contains("<script>alert") && text.contains("data-value=\"1.5\""));
         // Two buttons, and a layer for each of two series in each of two panels.
         assert_eq!(text.matches("aria-pressed=\"true\"").count(), 2);
         assert_eq!(text.matches("<g class=\"layer\"").count(), 4);
         assert!(text.contains("data-series=\"soft&quot;max\""));
         // Nothing is fetched: the one address is the name of SVG.
-        let addresses: Vec<&str> = text.split("http").skip(1).map(|rest| &rest[..20.min(rest.len())]).collect();
-        assert!(addresses.iter().all(|a| a.starts_with("://www.w3.org/2000/s") || a.starts_with("-equiv")), "{addresses:?}");
+        let addresses: Vec<&str> =
+            text.split("http").skip(1).map(|rest| &rest[..20.min(rest.len())]).collect();
+        assert!(
+            addresses.iter().all(|a| a.starts_with("://www.w3.org/2000/s") || a.starts_with("-equiv")),
+            "{addresses:?}"
+        );
     }
 }

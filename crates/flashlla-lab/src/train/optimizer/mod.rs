@@ -207,7 +207,11 @@ mod tests {
         let (free, held) = (var((3, 4)), var((3, 4)));
         let norm = {
             let gradients = gradients(&free);
-            values(gradients.get(free.as_tensor()).unwrap()).iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt()
+            values(gradients.get(free.as_tensor()).unwrap())
+                .iter()
+                .map(|x| f64::from(x * x))
+                .sum::<f64>()
+                .sqrt()
         };
         // Adam does not care for the scale of gradients, Muon's momentum neither: look at what is remembered.
         let spec = TrainingSpec { clip: norm / 4.0, ..training(OptimizerKind::Adamw) };
@@ -234,7 +238,8 @@ mod tests {
     fn a_restored_optimiser_goes_on_to_the_bit() {
         for kind in [OptimizerKind::Adamw, OptimizerKind::Muon] {
             let through = var((3, 4));
-            let mut optimizer = Optimizer::new(&training(kind), &weights("blocks.0.weight", &through)).unwrap();
+            let mut optimizer =
+                Optimizer::new(&training(kind), &weights("blocks.0.weight", &through)).unwrap();
             for _ in 0..3 {
                 optimizer.step(&gradients(&through), 0.01).unwrap();
             }

@@ -50,7 +50,8 @@ mod tests {
         for (i, x) in x.iter_mut().enumerate() {
             *x *= 10f64.powf(-2.0 * (i % columns) as f64 / columns as f64);
         }
-        Tensor::from_vec(x.iter().map(|x| *x as f32).collect::<Vec<_>>(), (rows, columns), &Device::Cpu).unwrap()
+        Tensor::from_vec(x.iter().map(|x| *x as f32).collect::<Vec<_>>(), (rows, columns), &Device::Cpu)
+            .unwrap()
     }
 
     fn to_faer(tensor: &Tensor) -> Mat<f64> {
@@ -92,7 +93,8 @@ mod tests {
             x = &x * faer::Scale(1.0 / x.norm_l2());
             for _ in 0..5 {
                 let xxt = &x * x.transpose();
-                x = &x * faer::Scale(3.4445) + (&xxt * &x) * faer::Scale(-4.7750)
+                x = &x * faer::Scale(3.4445)
+                    + (&xxt * &x) * faer::Scale(-4.7750)
                     + (&xxt * &xxt * &x) * faer::Scale(2.0315);
             }
             let off = (&x * faer::Scale(0.2 * 3.0) - &out).norm_l2() / out.norm_l2();
