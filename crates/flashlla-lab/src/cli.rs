@@ -6,12 +6,16 @@
 use crate::attend::{self, AttendArgs};
 use crate::bench::{self, BenchArgs};
 use crate::experiments::Experiment;
+use crate::experiments::trained::{self, Running};
+use crate::gather::{self, ReportArgs};
 use crate::info::{self, InfoArgs};
+use crate::sweep::Sweep;
 use crate::{Error, Result, stdout};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 /// Local Linear Attention: run it on your tensors, measure it, and see what it is for
 #[derive(Debug, Parser)]
@@ -51,6 +55,16 @@ pub enum Command {
     #[command(subcommand)]
     Experiment(Experiment),
 
+    /// Train the models that a TOML file describes: mixers, sizes, seeds and options of a task
+    ///
+    /// Finished runs are skipped and those that were stopped go on, so that the same command may be given again and again, and by
+    /// several processes at once. `flashlla experiment NAME --print-config` prints a file to start from.
+    #[command(after_long_help = SWEEP_EXAMPLES)]
+    Sweep(SweepArgs),
+
+    /// Gather folders of results into tables, figures and one page to look at in a browser
+    Report(ReportArgs),
+
     /// Measure the speed of forward, backward and decoding on this machine
     ///
     /// Times are medians over repeats after a warm-up, on normally distributed inputs. The machine's own rate of matrix
@@ -81,6 +95,40 @@ Examples:
   flashlla attend qkv.safetensors -o out.safetensors --backward --dtype f64 --json
   flashlla attend qkv.safetensors -o out.safetensors --layout bnhd --cu-seqlens 0,128,512";
 
+const SWEEP_EXAMPLES: &str = "\
+Examples:
+  flashlla sweep my.toml --out results/mine
+  flashlla sweep my.toml --out results/mine --device cuda --shard 3/8
+  flashlla report results/mine
+
+A file:
+  mixers = [\"lla\", \"softmax\"]
+  seeds = [0, 1, 2]
+  [mqar]                  # or in-context-regression, state-tracking, language-model
+  pairs = [8, 16]         # a list stands for each of its values
+  [training]
+  steps = 1000            # what is left out is as in the experiment";
+
+/// The options of `sweep`.
+#[derive(Debug, clap::Args)]
+pub struct SweepArgs {
+    /// The file
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Folder for the runs and for CSV, JSON, SVG and PNG files
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub running: Running,
+    /// Threads to compute with [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Print one JSON document instead of tables
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Why the command line did not lead to a command.
 pub enum Stop {
     /// Help or the version was asked for: text for the standard output.
@@ -101,11 +149,25 @@ impl Cli {
         })
     }
 
+    /// Whether it trains models side by side, a thread each, so that Candle should have one thread, not all of them.
+    pub fn side_by_side(&self) -> bool {
+        match &self.command {
+            Command::Experiment(experiment) => experiment.side_by_side(),
+            Command::Sweep(args) => args.running.side_by_side(args.threads),
+            _ => false,
+        }
+    }
+
     /// Does what was asked for.
     pub fn run(self) -> Result<()> {
         match self.command {
             Command::Attend(args) => attend::run(&args),
             Command::Experiment(experiment) => experiment.run(),
+            Command::Sweep(args) => {
+                let sweep = Sweep::read(&args.file)?;
+                trained::finish(&args.running, &sweep, &args.out, args.threads, args.json)
+            }
+            Command::Report(args) => gather::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Info(args) => info::run(&args),
             Command::Completions { shell } => {

@@ -8,6 +8,7 @@ pub mod error;
 pub mod experiments;
 pub mod files;
 pub mod fuzzing;
+pub mod gather;
 pub mod info;
 pub mod inputs;
 pub mod layout;
@@ -15,5 +16,8 @@ pub mod options;
 pub mod report;
 pub mod stdout;
 pub mod summary;
+pub mod sweep;
+pub mod tasks;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -313,3 +313,8 @@ pub fn thread_pool(threads: Option<u16>) -> Result<rayon::ThreadPool> {
         .build()
         .map_err(|error| Error::failed(format_args!("--threads: {error}; ask for fewer")))
 }
+
+/// Threads that a pool has when none are asked for.
+pub fn all_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}

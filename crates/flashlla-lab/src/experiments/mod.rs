@@ -1,16 +1,24 @@
 //! The experiments: one module each, all listed in [`Experiment`].
 //!
-//! None of them trains anything. Each takes a base seed and a number of seeds, draws error bars from them, and gives the
-//! same numbers for the same seeds whatever the number of threads. To add one, write a module with an `Options` that
-//! derives [`clap::Args`], has [`Common`] in it, and a `run(&self) -> Result<Report>`; then list it here.
+//! Each takes a base seed and a number of seeds, draws error bars from them, and gives the same numbers for the same seeds
+//! whatever the number of threads. To add one that trains nothing, write a module with an `Options` that derives
+//! [`clap::Args`], has [`Common`] in it, and a `run(&self) -> Result<Report>`; then list it here. One that trains is a task
+//! (`crate::tasks`) and two files in [`trained`].
 
+mod cost;
 mod estimators;
 mod held_out_recall;
 mod mixers;
-mod random;
+pub(crate) mod random;
 mod rates;
 mod recorded;
 mod test_time_regression;
+pub mod trained;
+
+pub(crate) use estimators::Pairs;
+#[cfg(test)]
+pub(crate) use estimators::{row_errors, squared_norm};
+pub(crate) use mixers::normalise;
 
 use crate::options::thread_pool;
 use crate::report::{Folder, Report};
@@ -28,7 +36,40 @@ pub enum Experiment {
     Rates(rates::Options),
     /// Regression at test time on a stream that changes: softmax, linear attention, MesaNet and LLA
     TestTimeRegression(test_time_regression::Options),
+    /// Time and memory of LLA, softmax, linear attention and MesaNet, and what conjugate-gradient steps buy
+    Cost(cost::Options),
+    /// Regression inside a sequence whose law changes: small models trained with each mixer
+    #[command(after_long_help = TRAINED)]
+    InContextRegression(trained::Options),
+    /// Multi-query associative recall (Zoology): small models trained with each mixer
+    #[command(after_long_help = TRAINED)]
+    Mqar(trained::Options),
+    /// Objects that change places: small models trained with each mixer
+    #[command(after_long_help = TRAINED)]
+    StateTracking(trained::Options),
+    /// The bytes of a text: small models trained with each mixer
+    #[command(after_long_help = TRAINED)]
+    LanguageModel(TextOptions),
 }
+
+/// What `language-model` can be told.
+#[derive(Debug, Args)]
+pub struct TextOptions {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub options: trained::Options,
+    /// The text, any file [default: the first book of Cicero's De finibus, which comes with the program]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+}
+
+const TRAINED: &str = "\
+Runs gather in the folder of results: started again after a stop, the command goes on where it was.
+
+Examples:
+  flashlla experiment mqar --quick
+  flashlla experiment mqar --device cuda --shard 1/4
+  flashlla experiment mqar --print-config > my.toml; flashlla sweep my.toml --out results/mine";
 
 /// What every experiment can be told.
 #[derive(Debug, Clone, Args)]
@@ -61,42 +102,51 @@ impl Common {
 }
 
 impl Experiment {
-    /// Runs it: checks where the results will go, computes, prints, writes.
-    pub fn run(self) -> Result<()> {
-        let (name, common) = match &self {
-            Self::HeldOutRecall(options) => (held_out_recall::NAME, &options.common),
-            Self::Rates(options) => (rates::NAME, &options.common),
-            Self::TestTimeRegression(options) => (test_time_regression::NAME, &options.common),
-        };
-        let out = common.out.clone().unwrap_or_else(|| PathBuf::from("results").join(name));
-        let json = common.json;
-        let folder = Folder::prepare(&out)?;
-        let pool = thread_pool(common.threads)?;
-        let start = Instant::now();
-        let report = pool.install(|| self.report())?;
-        let seconds = start.elapsed().as_secs_f64();
-        report.write(folder)?;
-        if json {
-            let mut document = report.document();
-            document["out"] = out.display().to_string().into();
-            document["seconds"] = seconds.into();
-            stdout::json(&document)
-        } else {
-            stdout::line(format_args!(
-                "{}\nResults in {} ({seconds:.0} s)",
-                report.to_terminal(),
-                out.display()
-            ))
+    /// Whether it trains models side by side, a thread each.
+    pub fn side_by_side(&self) -> bool {
+        match self {
+            Self::InContextRegression(o) | Self::Mqar(o) | Self::StateTracking(o) => o.side_by_side(),
+            Self::LanguageModel(o) => o.options.side_by_side(),
+            _ => false,
         }
     }
 
-    /// Computes everything and writes nothing.
-    pub fn report(&self) -> Result<Report> {
+    /// Runs it: checks where the results will go, computes, prints, writes.
+    pub fn run(self) -> Result<()> {
         match self {
-            Self::HeldOutRecall(options) => options.run(),
-            Self::Rates(options) => options.run(),
-            Self::TestTimeRegression(options) => options.run(),
+            Self::HeldOutRecall(o) => at_once(held_out_recall::NAME, &o.common, || o.run()),
+            Self::Rates(o) => at_once(rates::NAME, &o.common, || o.run()),
+            Self::TestTimeRegression(o) => at_once(test_time_regression::NAME, &o.common, || o.run()),
+            Self::Cost(o) => at_once(cost::NAME, &o.common, || o.run()),
+            Self::InContextRegression(o) => o.run("in-context-regression", None),
+            Self::Mqar(o) => o.run("mqar", None),
+            Self::StateTracking(o) => o.run("state-tracking", None),
+            Self::LanguageModel(o) => o.options.run("language-model", o.text.as_deref()),
         }
+    }
+}
+
+/// Runs an experiment that is either done or not.
+fn at_once(name: &str, common: &Common, run: impl FnOnce() -> Result<Report> + Send) -> Result<()> {
+    let out = common.out.clone().unwrap_or_else(|| PathBuf::from("results").join(name));
+    let folder = Folder::prepare(&out)?;
+    let pool = thread_pool(common.threads)?;
+    let start = Instant::now();
+    let report = pool.install(run)?;
+    let seconds = start.elapsed().as_secs_f64();
+    report.write(folder)?;
+    show(&report, &out, seconds, common.json)
+}
+
+/// Prints what came out.
+fn show(report: &Report, out: &std::path::Path, seconds: f64, json: bool) -> Result<()> {
+    if json {
+        let mut document = report.document();
+        document["out"] = out.display().to_string().into();
+        document["seconds"] = seconds.into();
+        stdout::json(&document)
+    } else {
+        stdout::line(format_args!("{}\nResults in {} ({seconds:.0} s)", report.to_terminal(), out.display()))
     }
 }
 

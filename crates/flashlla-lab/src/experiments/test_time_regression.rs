@@ -24,12 +24,12 @@
 //! LLA for d = 8 and 16, and above it for d = 64.
 
 use super::estimators::{Pairs, row_errors};
-use super::mixers::{Mixer, NAMES, normalise};
+use super::mixers::{Mixer, NAMES};
 use super::{Common, random, smallest};
 use crate::report::{
     Axis, Cell, Figure, Mark, Panel, Report, Scale, Series, Summary, Table, colours, progress,
 };
-use crate::{Error, Result};
+use crate::{Error, Result, tasks};
 use clap::Args;
 use rayon::prelude::*;
 use serde_json::json;
@@ -209,27 +209,9 @@ impl Options {
     }
 }
 
-/// Segments one after another, each with its own centre of keys and its own map.
+/// The stream of this seed and purpose.
 fn stream(seed: u64, purpose: u64, length: usize, segment: usize, dim: usize) -> Pairs {
-    let mut rng = random::stream(seed, purpose);
-    let (mut keys, mut values) = (vec![], vec![]);
-    for _ in 0..length.div_ceil(segment) {
-        let centre = random::normals(&mut rng, dim);
-        let map = random::normals(&mut rng, dim * dim);
-        let mut rows = random::normals(&mut rng, segment * dim);
-        rows.iter_mut().zip(centre.iter().cycle()).for_each(|(x, c)| *x += c);
-        normalise(&mut rows, dim);
-        let noise = random::normals(&mut rng, segment * dim);
-        for (key, noise) in rows.chunks_exact(dim).zip(noise.chunks_exact(dim)) {
-            let dot =
-                |row: &[f64]| row.iter().zip(key).map(|(a, k)| a * k).sum::<f64>() / (dim as f64).sqrt();
-            values.extend(map.chunks_exact(dim).zip(noise).map(|(row, e)| dot(row) + NOISE * e));
-        }
-        keys.extend(rows);
-    }
-    keys.truncate(length * dim);
-    values.truncate(length * dim);
-    Pairs { dim, value_dim: dim, keys, values }
+    tasks::stream(&mut random::stream(seed, purpose), length, segment, dim, NOISE)
 }
 
 /// Names, colours and corners of markers, in the order of [`NAMES`].
@@ -312,27 +294,6 @@ fn ratio_figure(settings: &[Setting], sizes: &Sizes) -> Figure {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_stream_has_segments_of_one_map_each() {
-        let pairs = stream(0, 0, 96, 32, 4);
-        assert_eq!((pairs.len(), pairs.values.len()), (96, 96 * 4));
-        for key in pairs.keys.chunks_exact(4) {
-            assert!((super::super::estimators::squared_norm(key) - 4.0).abs() < 1e-12);
-        }
-        // Inside one segment a linear model leaves the noise; across two it does not.
-        let part = |from: usize, to: usize| Pairs {
-            keys: pairs.keys[from * 4..to * 4].to_vec(),
-            values: pairs.values[from * 4..to * 4].to_vec(),
-            ..pairs
-        };
-        let left = |part: Pairs| {
-            let out = part.global_linear(&part.keys, 1e-9).unwrap();
-            Summary::of(&row_errors(&out, &part.values, 4)).mean / 4.0
-        };
-        assert!(left(part(0, 32)) < 2.0 * NOISE * NOISE);
-        assert!(left(part(0, 64)) > 10.0 * NOISE * NOISE);
-    }
 
     #[test]
     fn streams_that_choose_are_not_those_that_score() {

@@ -1,9 +1,10 @@
 //! Axes: where values lie and which of them are labelled.
 
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
+use serde::{Deserialize, Serialize};
 
 /// How values are spread along an [`Axis`].
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Scale {
     /// Evenly.
     Linear,
@@ -16,7 +17,7 @@ pub enum Scale {
 }
 
 /// One axis of a panel.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Axis {
     /// What it shows, with the unit.
     pub label: String,

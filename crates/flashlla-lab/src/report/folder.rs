@@ -11,6 +11,8 @@ use tempfile::TempDir;
 pub struct Folder {
     path: PathBuf,
     gathering: TempDir,
+    /// A folder in it that is not a result and stays.
+    beside: Option<&'static str>,
 }
 
 /// The file that lists the files of a folder of ours, which a later run may replace.
@@ -28,13 +30,19 @@ impl Folder {
     /// Checks, before any work is done, that results can be written to `path`: a folder that is not there yet, is empty,
     /// or holds an earlier run's results.
     pub fn prepare(path: &Path) -> Result<Self> {
+        Self::prepare_beside(path, None)
+    }
+
+    /// The same for results that lie beside a folder of this name, which is made if it is not there, and stays.
+    pub fn prepare_beside(path: &Path, beside: Option<&'static str>) -> Result<Self> {
         let refuse = |what: String| Error::failed(format!("--out: {} {what}", path.display()));
         if path.file_name().is_none() {
             return Err(refuse("cannot be used; it must be the name of a folder to make".into()));
         }
         match fs::read_dir(path) {
             Ok(mut entries) => {
-                let ours = earlier_files(path);
+                let mut ours = earlier_files(path);
+                ours.extend(beside.map(str::to_owned));
                 let foreign = |entry: std::io::Result<fs::DirEntry>| {
                     entry.map_or(true, |e| !ours.iter().any(|name| **name == *e.file_name()))
                 };
@@ -58,7 +66,10 @@ impl Folder {
         fs::create_dir_all(parent).map_err(unwritable)?;
         let gathering =
             tempfile::Builder::new().prefix(".flashlla-").tempdir_in(parent).map_err(unwritable)?;
-        Ok(Self { path: path.into(), gathering })
+        if let Some(beside) = beside {
+            fs::create_dir_all(path.join(beside)).map_err(unwritable)?;
+        }
+        Ok(Self { path: path.into(), gathering, beside })
     }
 
     /// Adds a file.
@@ -68,6 +79,9 @@ impl Folder {
 
     /// Puts the folder in its place, instead of an earlier run's.
     pub fn finish(self) -> Result<()> {
+        if self.beside.is_some() {
+            return self.finish_beside();
+        }
         #[cfg(unix)]
         {
             // Temporary folders are private; results need not be.
@@ -81,6 +95,19 @@ impl Folder {
         fs::rename(self.gathering.path(), &self.path).map_err(|error| self.failed("", error))?;
         // It has moved: nothing is left to remove.
         let _ = self.gathering.keep();
+        Ok(())
+    }
+
+    /// Puts the files in their places one by one, the list of them last.
+    fn finish_beside(self) -> Result<()> {
+        let gathered = fs::read_dir(self.gathering.path()).map_err(|error| self.failed("", error))?;
+        let names = gathered.map(|entry| entry.map(|entry| entry.file_name()));
+        let mut names: Vec<_> = names.collect::<Result<_, _>>().map_err(|error| self.failed("", error))?;
+        names.sort_by_key(|name| name == MARK);
+        for name in names {
+            let (from, to) = (self.gathering.path().join(&name), self.path.join(&name));
+            fs::rename(from, to).map_err(|error| self.failed("", error))?;
+        }
         Ok(())
     }
 

@@ -4,12 +4,13 @@
 mod axis;
 pub mod figure;
 mod folder;
+pub mod page;
 pub mod progress;
 pub mod stats;
 mod table;
 
 pub use axis::{Axis, Scale};
-pub use figure::{Figure, Mark, Panel, Series, colours};
+pub use figure::{Figure, Layer, Mark, Panel, PanelLayers, Series, colours};
 pub use folder::Folder;
 pub use stats::Summary;
 pub use table::{Cell, Table, significant};
@@ -82,7 +83,11 @@ impl Report {
             folder.add(&format!("{}.svg", figure.name), svg.as_bytes())?;
             folder.add(&format!("{}.png", figure.name), &Figure::to_png(&svg)?)?;
         }
-        let mut document = serde_json::to_vec_pretty(&self.document()).map_err(Error::failed)?;
+        let mut document = self.document();
+        // With what it takes to show it all again.
+        document["tables"] = serde_json::to_value(&self.tables).map_err(Error::failed)?;
+        document["figures"] = serde_json::to_value(&self.figures).map_err(Error::failed)?;
+        let mut document = serde_json::to_vec_pretty(&document).map_err(Error::failed)?;
         document.push(b'\n');
         folder.add("result.json", &document)?;
         folder.finish()

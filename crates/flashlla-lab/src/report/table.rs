@@ -2,9 +2,10 @@
 
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, ContentArrangement};
+use serde::{Deserialize, Serialize};
 
 /// One entry of a [`Table`].
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Cell {
     /// Words.
     Text(String),
@@ -14,6 +15,27 @@ pub enum Cell {
     Number(f64),
     /// A mean and its spread: one column on the terminal, two in CSV.
     Spread(f64, f64),
+}
+
+impl Cell {
+    /// As people read it.
+    pub fn shown(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Count(count) => count.to_string(),
+            Self::Number(number) => significant(*number),
+            Self::Spread(mean, spread) => format!("{} ± {}", significant(*mean), brief(*spread)),
+        }
+    }
+
+    /// As it is sorted, where it is a number.
+    pub fn number(&self) -> Option<f64> {
+        match *self {
+            Self::Text(_) => None,
+            Self::Count(count) => Some(count as f64),
+            Self::Number(number) | Self::Spread(number, _) => Some(number),
+        }
+    }
 }
 
 impl From<&str> for Cell {
@@ -38,7 +60,7 @@ impl From<f64> for Cell {
 }
 
 /// Columns with names, rows of [`Cell`]s.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Table {
     /// The stem of the CSV file's name.
     pub name: String,
@@ -68,12 +90,7 @@ impl Table {
         table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
         table.set_header(&self.columns);
         for row in &self.rows {
-            table.add_row(row.iter().map(|cell| match cell {
-                Cell::Text(text) => text.clone(),
-                Cell::Count(count) => count.to_string(),
-                Cell::Number(number) => significant(*number),
-                Cell::Spread(mean, spread) => format!("{} ± {}", significant(*mean), brief(*spread)),
-            }));
+            table.add_row(row.iter().map(Cell::shown));
         }
         for (i, column) in table.column_iter_mut().enumerate() {
             if !matches!(self.rows.first().map(|row| &row[i]), Some(Cell::Text(_))) {

@@ -62,6 +62,7 @@ impl Context {
     /// Opens the GPU numbered `ordinal`, if the driver is at least version `oldest`.
     pub fn open(ordinal: usize, oldest: u32) -> Result<Self> {
         // SAFETY: only loads a library.
+        #[cfg(not(feature = "cuda-linked"))]
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::Cuda {
                 problem: "the NVIDIA driver's library (libcuda.so.1) was not found".into(),

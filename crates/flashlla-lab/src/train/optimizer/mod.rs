@@ -1,0 +1,269 @@
+//! What turns gradients into steps: AdamW, or Muon for the matrices inside the layers and AdamW for the rest.
+//!
+//! `candle_nn::AdamW` keeps its moments to itself, so that a run could not go on after a stop; ours is tested against it.
+
+mod adamw;
+mod muon;
+
+use super::TrainingSpec;
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Result, Tensor, Var};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+
+/// Which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Adam with decoupled weight decay (Loshchilov and Hutter, 2019) for all weights.
+    Adamw,
+    /// Orthogonalised momentum (Jordan et al., 2024) for the matrices inside the layers, AdamW for all else.
+    Muon,
+}
+
+/// How one weight is updated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rule {
+    Adamw,
+    Muon,
+}
+
+/// One weight and what is remembered of it.
+struct Slot {
+    name: String,
+    var: Var,
+    rule: Rule,
+    /// Matrices decay; biases, norms and the numbers that heads learn do not.
+    decays: bool,
+    /// AdamW: mean of the gradient and of its square; Muon: momentum.
+    moments: Vec<Tensor>,
+}
+
+/// An optimiser of a set of weights.
+pub struct Optimizer {
+    slots: Vec<Slot>,
+    weight_decay: f64,
+    clip: f64,
+    /// Steps made.
+    step: u64,
+}
+
+/// Whether a weight is a matrix of a layer, rather than one that meets tokens or answers.
+fn hidden(name: &str, var: &Var) -> bool {
+    var.rank() == 2 && name.starts_with("blocks.") && name.ends_with(".weight")
+}
+
+impl Optimizer {
+    /// For these weights, in this order.
+    pub fn new(training: &TrainingSpec, weights: &BTreeMap<String, Var>) -> Result<Self> {
+        let slot = |(name, var): (&String, &Var)| -> Result<Slot> {
+            let rule = match training.optimizer {
+                OptimizerKind::Muon if hidden(name, var) => Rule::Muon,
+                _ => Rule::Adamw,
+            };
+            let zeros = Tensor::zeros(var.shape(), DType::F32, var.device())?;
+            let moments = vec![zeros; if rule == Rule::Muon { 1 } else { 2 }];
+            Ok(Slot { name: name.clone(), var: var.clone(), rule, decays: var.rank() >= 2, moments })
+        };
+        let slots = weights.iter().map(slot).collect::<Result<_>>()?;
+        Ok(Self { slots, weight_decay: training.weight_decay, clip: training.clip, step: 0 })
+    }
+
+    /// Makes a step at this learning rate, unless the gradients are not finite; returns their norm before it is clipped.
+    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<f64> {
+        let mut found = Vec::with_capacity(self.slots.len());
+        let mut squares = 0.0;
+        for slot in &self.slots {
+            // A weight that the loss does not depend on has none.
+            let Some(gradient) = gradients.get(slot.var.as_tensor()) else {
+                found.push(None);
+                continue;
+            };
+            // The graph behind it would stay in memory with the moments.
+            let gradient = gradient.detach();
+            squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
+            found.push(Some(gradient));
+        }
+        let norm = squares.sqrt();
+        if !norm.is_finite() {
+            return Ok(norm);
+        }
+        self.step += 1;
+        let factor = if norm > self.clip { self.clip / norm } else { 1.0 };
+        for (slot, gradient) in self.slots.iter_mut().zip(found) {
+            let Some(gradient) = gradient else { continue };
+            let gradient = if factor < 1.0 { (gradient * factor)? } else { gradient };
+            let decay = if slot.decays { self.weight_decay } else { 0.0 };
+            let weight = (slot.var.as_detached_tensor() * (1.0 - rate * decay))?;
+            let update = match slot.rule {
+                Rule::Adamw => adamw::update(&mut slot.moments, &gradient, self.step)?,
+                Rule::Muon => muon::update(&mut slot.moments[0], &gradient)?,
+            };
+            slot.var.set(&(weight - (update * rate)?)?)?;
+        }
+        Ok(norm)
+    }
+
+    /// Everything that [`Optimizer::restore`] needs besides the weights.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut state = vec![];
+        for slot in &self.slots {
+            let moments = slot.moments.iter().enumerate();
+            state.extend(moments.map(|(i, moment)| (format!("moment{i}.{}", slot.name), moment.clone())));
+        }
+        state
+    }
+
+    /// Goes on where another optimiser of the same weights was after `step` steps.
+    pub fn restore(&mut self, step: u64, state: &HashMap<String, Tensor>) -> Result<()> {
+        let take = |name: String, like: &Tensor| -> Result<Tensor> {
+            match state.get(&name) {
+                Some(tensor) if tensor.shape() == like.shape() => tensor.to_device(like.device()),
+                Some(tensor) => candle_core::bail!("{name} has the shape {:?}", tensor.shape()),
+                None => candle_core::bail!("{name} is missing"),
+            }
+        };
+        for slot in &mut self.slots {
+            for (i, moment) in slot.moments.iter_mut().enumerate() {
+                *moment = take(format!("moment{i}.{}", slot.name), moment)?;
+            }
+        }
+        self.step = step;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::Precision;
+    use candle_core::Device;
+    use candle_nn::Optimizer as _;
+
+    fn training(optimizer: OptimizerKind) -> TrainingSpec {
+        TrainingSpec {
+            steps: 10,
+            batch: 1,
+            optimizer,
+            learning_rate: 0.01,
+            warmup: 0,
+            final_rate: 1.0,
+            weight_decay: 0.1,
+            clip: 1e9,
+            precision: Precision::F32,
+            evaluate_every: 1,
+            evaluate_batches: 1,
+            log_every: 1,
+        }
+    }
+
+    fn numbers(count: usize) -> Vec<f32> {
+        (0..count).map(|i| (i as f32 * 0.7).sin()).collect()
+    }
+
+    fn var(shape: (usize, usize)) -> Var {
+        Var::from_vec(numbers(shape.0 * shape.1), shape, &Device::Cpu).unwrap()
+    }
+
+    fn weights(name: &str, var: &Var) -> BTreeMap<String, Var> {
+        [(name.to_owned(), var.clone())].into()
+    }
+
+    /// A loss whose gradient changes with the weight.
+    fn gradients(var: &Var) -> GradStore {
+        let target = Tensor::from_vec(numbers(12), (3, 4), &Device::Cpu).unwrap().affine(2.0, 0.3).unwrap();
+        let off = (var.as_tensor() - target).unwrap();
+        (off.sqr().unwrap().sqr().unwrap().sum_all().unwrap()).backward().unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn adamw_is_candles() {
+        let (ours, theirs) = (var((3, 4)), var((3, 4)));
+        let mut optimizer = Optimizer::new(&training(OptimizerKind::Adamw), &weights("w", &ours)).unwrap();
+        let params = candle_nn::ParamsAdamW {
+            lr: 0.01,
+            beta1: adamw::BETAS.0,
+            beta2: adamw::BETAS.1,
+            eps: adamw::EPSILON,
+            weight_decay: 0.1,
+        };
+        let mut reference = candle_nn::AdamW::new(vec![theirs.clone()], params).unwrap();
+        for _ in 0..20 {
+            optimizer.step(&gradients(&ours), 0.01).unwrap();
+            reference.step(&gradients(&theirs)).unwrap();
+        }
+        for (a, b) in values(&ours).iter().zip(values(&theirs)) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
+        }
+        assert!(values(&ours).iter().zip(numbers(12)).all(|(a, b)| (a - b).abs() > 0.01));
+    }
+
+    #[test]
+    fn gradients_are_clipped_together_and_their_norm_is_told() {
+        let (free, held) = (var((3, 4)), var((3, 4)));
+        let norm = {
+            let gradients = gradients(&free);
+            values(gradients.get(free.as_tensor()).unwrap())
+                .iter()
+                .map(|x| f64::from(x * x))
+                .sum::<f64>()
+                .sqrt()
+        };
+        // Adam does not care for the scale of gradients, Muon's momentum neither: look at what is remembered.
+        let spec = TrainingSpec { clip: norm / 4.0, ..training(OptimizerKind::Adamw) };
+        let mut clipped = Optimizer::new(&spec, &weights("w", &held)).unwrap();
+        let told = clipped.step(&gradients(&held), 0.01).unwrap();
+        assert!((told - norm).abs() < 1e-4 * norm);
+        let mut whole = Optimizer::new(&training(OptimizerKind::Adamw), &weights("w", &free)).unwrap();
+        whole.step(&gradients(&free), 0.01).unwrap();
+        for (a, b) in values(&clipped.state()[0].1).iter().zip(values(&whole.state()[0].1)) {
+            assert!((4.0 * a - b).abs() < 1e-5 * (1.0 + b.abs()), "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn gradients_that_are_not_finite_change_nothing() {
+        let var = var((3, 4));
+        let mut optimizer = Optimizer::new(&training(OptimizerKind::Adamw), &weights("w", &var)).unwrap();
+        let loss = (var.as_tensor() * f64::INFINITY).unwrap().sum_all().unwrap();
+        assert!(!optimizer.step(&loss.backward().unwrap(), 0.1).unwrap().is_finite());
+        assert_eq!(values(&var), numbers(12));
+    }
+
+    #[test]
+    fn a_restored_optimiser_goes_on_to_the_bit() {
+        for kind in [OptimizerKind::Adamw, OptimizerKind::Muon] {
+            let through = var((3, 4));
+            let mut optimizer =
+                Optimizer::new(&training(kind), &weights("blocks.0.weight", &through)).unwrap();
+            for _ in 0..3 {
+                optimizer.step(&gradients(&through), 0.01).unwrap();
+            }
+            let later = Var::from_tensor(&through.as_tensor().copy().unwrap()).unwrap();
+            let mut second = Optimizer::new(&training(kind), &weights("blocks.0.weight", &later)).unwrap();
+            second.restore(3, &optimizer.state().into_iter().collect()).unwrap();
+            optimizer.step(&gradients(&through), 0.01).unwrap();
+            second.step(&gradients(&later), 0.01).unwrap();
+            assert_eq!(values(&through), values(&later), "{kind:?}");
+            assert!(second.restore(3, &HashMap::new()).is_err());
+        }
+    }
+
+    #[test]
+    fn muon_takes_the_matrices_inside_the_layers() {
+        let matrix = var((3, 4));
+        let vector = Var::from_vec(numbers(4), 4, &Device::Cpu).unwrap();
+        for (name, var, expected) in [
+            ("blocks.0.mixer.query.weight", &matrix, true),
+            ("blocks.0.mixer_norm.weight", &vector, false),
+            ("embedding.weight", &matrix, false),
+            ("head.weight", &matrix, false),
+        ] {
+            assert_eq!(hidden(name, var), expected, "{name}");
+        }
+    }
+}
