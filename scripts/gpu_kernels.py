@@ -99,7 +99,7 @@ class Kernels:
         return results
 
     def forward(self, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
-                scale=None, tol=2e-3, cap=64, save=False, diagnostics=False, out=None, high=False):
+                scale=None, tol=2e-3, err=0.0, cap=64, save=False, diagnostics=False, out=None, high=False):
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
@@ -130,7 +130,8 @@ class Kernels:
              [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
              + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(dv), i64(out.stride(0)), i64(out.stride(1)),
-                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), i32(cap), i32(save), i32(save and given is None), i32(diagnostics)])
+                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), f32(err * err), i32(cap), i32(save), i32(save and given is None),
+                                                     i32(diagnostics)])
         self.poison(kind, pad, bad, bad_row, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res)
 
@@ -141,7 +142,7 @@ class Kernels:
               ptr(lo), ptr(hi), i32(0), i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2)), i32(save)])
 
     def backward(self, q, k, v, grad, saved, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, bias=None,
-                 scale=None, tol=2e-3, cap=64, high=False, diagnostics=False):
+                 scale=None, tol=2e-3, err=0.0, cap=64, high=False, diagnostics=False):
         """`saved` is what forward(save=True) gave."""
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
@@ -168,21 +169,21 @@ class Kernels:
         key, _, bn = self.find("lla_backward_key", kind, pad, False, has, aligned(dk) and aligned(dvv))
         y = torch.empty(rows, np_, pad, device=dev)
         amax = torch.empty(2, rows, np_ // 64, device=dev)
-        mean = torch.empty(rows, np_, device=dev)
+        scalars = torch.empty(4, rows, np_, device=dev)
+        dridge, dscale = torch.empty(2, rows, n, device=dev)
         numbers = torch.empty(rows, np_, 16, device=dev, dtype=torch.bfloat16)
         its = torch.empty(rows, n, device=dev, dtype=torch.int32) if diagnostics else None
         res = torch.empty(rows, n, device=dev) if diagnostics else None
         key_mean = saved["key_mean"]
         self(solve, "lla_backward_solve", (rows, -(-n // sm)),
              [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(key_mean), ptr(x), ptr(None), ptr(y),
-              ptr(amax), ptr(mean), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
-             + [f32(tol * tol), i32(cap), i32(diagnostics)])
+              ptr(amax), ptr(scalars), ptr(dridge), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
+             + [f32(tol * tol), f32(err * err), i32(cap), i32(diagnostics)])
         [((xh, yh), (x_unit, y_unit), _, _)] = self.convert([[t.view(batch, heads, np_, pad)[:, :, :n] for t in (x, y)]], pad, amax)
-        dridge, dscale = torch.empty(2, rows, n, device=dev)
         dbias = torch.empty(rows, m, device=dev) if has else None
         self(query, "lla_backward_query", (rows, -(-n // qm)),
              [ptr(qgh[0]), ptr(qgh[1]), ptr(xh), ptr(yh), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit),
-              ptr(key_mean), ptr(y), ptr(saved["lse"]), ptr(mean), ptr(numbers), ptr(dq), ptr(dridge), ptr(dscale)]
+              ptr(key_mean), ptr(y), ptr(saved["lse"]), ptr(scalars), ptr(numbers), ptr(dq), ptr(dscale)]
              + common(qm) + [i32(d), i64(dq.stride(0)), i64(dq.stride(1)), i32(dq.stride(2)), f32(scale)])
         first = end = None
         blocks = -(-m // bn)

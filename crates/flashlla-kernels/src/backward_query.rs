@@ -1,4 +1,4 @@
-//! Gradients with respect to queries, ridge and scale, and the scalars per query that the key pass needs.
+//! Gradients with respect to queries and scale, and the scalars per query that the key pass needs.
 
 #[cutile::module]
 pub mod backward_query {
@@ -30,10 +30,9 @@ pub mod backward_query {
         key_mean: *mut f32, // [batch * heads, np, D]
         y: *mut f32,        // [batch * heads, np, D]
         lse: *mut f32,      // [batch * heads, n], natural
-        mean_in: *mut f32,  // [batch * heads, np]: mean of g.v
+        scalars: *mut f32,  // [4, batch * heads, np], from lla_backward_solve
         numbers: *mut bf16, // out [batch * heads, np, 16], see `numbers`
         dq: *mut E,         // out [batch, heads, n, d], strided
-        dridge: *mut f32,   // out [batch * heads, n]
         dscale: *mut f32,   // out [batch * heads, n]: each query's part
         options: i32,
         heads: i32,
@@ -115,8 +114,15 @@ pub mod backward_query {
         let ty: Tile<f16, { [BM, D] }> = load_packed::<f16, BM, D>(yh, grid.0 * np, tile);
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
         let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
+        let scalars_at: i64 = wide(bh) * wide(np) + wide(first);
+        let plane: i64 = wide(grid.0) * wide(np);
         let mean: Tile<f32, { [BM, 1] }> =
-            load_rowwise::<f32, BM>(slice::<f32>(mean_in, wide(bh) * wide(np) + wide(first)), 1i32, BM);
+            load_rowwise::<f32, BM>(slice::<f32>(scalars, scalars_at), 1i32, BM);
+        // dq takes a step of this length from y: -C y of it joins the sum that scale multiplies.
+        let beyond: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(scalars, plane + scalars_at), 1i32, BM);
+        let per_scale: f32 = 1.0f32 / max(scale, 1.0e-30f32);
+        let beyond: Tile<f32, { [BM, 1] }> = beyond * broadcast_scalar(per_scale, const_shape![BM, 1]);
         // Means are taken out with the roundings that the products have.
         let xu: f32 = load_scalar(slice::<f32>(x_unit, wide(bh)));
         let yu: f32 = load_scalar(slice::<f32>(y_unit, wide(bh)));
@@ -138,6 +144,7 @@ pub mod backward_query {
         let xk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xk);
         let eke: Tile<f32, { [BM, 1] }> = ek / eun;
         let ek_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(eke);
+        let beyond_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(beyond);
         let boost: Tile<f32, { [BM, 1] }> = constant(7.0f32, const_shape![BM, 1]);
         let undo: Tile<f32, { [BM, 1] }> = constant(0.0078125f32, const_shape![BM, 1]);
         let sh: Tile<f32, { [BM, 1] }> = shift + boost;
@@ -158,27 +165,24 @@ pub mod backward_query {
             }
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
             let a: Tile<f32, { [BM, BN] }> = fma(xx, x_in, xk_b, rounding::NearestEven, ftz::Enabled);
-            let e: Tile<f32, { [BM, BN] }> = fma(
-                gamma,
-                g_in,
-                fma(yy, y_in, ek_b, rounding::NearestEven, ftz::Enabled),
-                rounding::NearestEven,
-                ftz::Enabled,
-            );
-            let w: Tile<f32, { [BM, BN] }> = p * (e * a);
+            let b: Tile<f32, { [BM, BN] }> = fma(yy, y_in, ek_b, rounding::NearestEven, ftz::Enabled);
+            let e: Tile<f32, { [BM, BN] }> = fma(gamma, g_in, b, rounding::NearestEven, ftz::Enabled);
+            // b's part of mean g.v, times the mean key, leaves the sum with the mean weight.
+            let w: Tile<f32, { [BM, BN] }> = p * fma(b, beyond_b, e * a, rounding::NearestEven, ftz::Enabled);
             let sum: Tile<f32, { [BM] }> = reduce_sum(w, 1i32);
             total = total + sum.reshape(const_shape![BM, 1]);
             let wb: Tile<f16, { [BM, BN] }> = convert_tile(w);
             acc = mma(wb, kt, acc);
         }
         let total: Tile<f32, { [BM, 1] }> = total * undo;
+        let mean_weight: Tile<f32, { [BM, 1] }> = total + beyond * mean / eun;
         let mut terms: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
         // In the units of the sums that the key pass adds them to.
         let finer: Tile<f32, { [BM, 1] }> = constant(8.0f32, const_shape![BM, 1]);
         terms = with_number::<BM>(terms, 0i32, sh / sc_true);
         terms = with_number::<BM>(terms, 1i32, xk / x_in1);
         terms = with_number::<BM>(terms, 2i32, eke * finer);
-        terms = with_number::<BM>(terms, 3i32, negf(total) * finer);
+        terms = with_number::<BM>(terms, 3i32, negf(mean_weight) * finer);
         let terms: Tile<bf16, { [BM, 16] }> = convert_tile(terms);
         store_packed::<bf16, BM, 16>(numbers, grid.0 * np, tile, terms);
         let total: Tile<f32, { [BM, 1] }> = total * eun;
@@ -187,11 +191,13 @@ pub mod backward_query {
         // sum ds k = sum p e a k - m kbar
         let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
         let sk: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), zero - total, kbar);
+        let share: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(scalars, plane + plane + scalars_at), 1i32, BM);
         let yf: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(y, grid.0 * np, tile);
         let scn: Tile<f32, { [BM, 1] }> = broadcast_scalar(scale, const_shape![BM, 1]);
         let mut grad: Tile<f32, { [BM, D] }> = sk * across::<BM, D>(scn);
         if (options & 16i32) == 0i32 {
-            grad = grad + yf;
+            grad = add_scaled::<BM, D>(grad, share, yf);
         }
         let gb: Tile<E, { [BM, D] }> = convert_tile(grad);
         let dq_at: i64 = wide(batch) * dq_batch + wide(head) * dq_head + wide(first) * wide(dq_row);
@@ -204,16 +210,14 @@ pub mod backward_query {
         let qun: Tile<f32, { [BM, 1] }> =
             broadcast_scalar(load_scalar(slice::<f32>(q_unit, wide(bh))), const_shape![BM, 1]);
         let at: i64 = wide(bh) * wide(n) + wide(first);
-        let xf: Tile<f32, { [BM, D] }> = convert_tile(tx);
+        // The step is no part of the logits' gradient.
+        let logits: Tile<f32, { [BM, 1] }> =
+            load_rowwise::<f32, BM>(slice::<f32>(scalars, plane + plane + plane + scalars_at), 1i32, BM);
+        let logits: Tile<f32, { [BM, 1] }> = logits * broadcast_scalar(per_scale, const_shape![BM, 1]);
         store_column::<f32, BM>(
             slice::<f32>(dscale, at),
             rows,
-            (row_dot::<BM, D>(qf, sk) * qun).reshape(const_shape![BM]),
-        );
-        store_column::<f32, BM>(
-            slice::<f32>(dridge, at),
-            rows,
-            (row_dot::<BM, D>(xf, yf) * xun).reshape(const_shape![BM]),
+            (row_dot::<BM, D>(qf, sk) * qun + logits).reshape(const_shape![BM]),
         );
     }
 }

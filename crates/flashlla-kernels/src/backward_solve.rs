@@ -27,7 +27,8 @@ pub mod backward_solve {
         c: *mut f32,          // out [batch * heads, np, D], option 16 only
         y: *mut f32,          // out [batch * heads, np, D]
         amax: *mut f32, // out [2, batch * heads, np / BM]: largest magnitudes of the probe and of y, as lla_range finds them
-        mean_out: *mut f32, // out [batch * heads, np]: mean of g.v
+        scalars: *mut f32, // out [4, batch * heads, np]: mean of g.v; of the step beyond y: length, y's share of dq, part of dscale
+        dridge: *mut f32,  // out [batch * heads, n]
         iterations: *mut i32, // out [batch * heads, n] if diagnostics
         relative: *mut f32, // out [batch * heads, n] if diagnostics: |r| / |c|
         options: i32,
@@ -53,6 +54,7 @@ pub mod backward_solve {
         ridge_head: i32,
         ridge_row: i32,
         tolerance2: f32, // square of the relative residual asked for
+        error2: f32, // if positive, a block ends at this mean square of its gradients' expected relative errors instead
         max_iterations: i32,
         diagnostics: i32,
     ) {
@@ -145,11 +147,11 @@ pub mod backward_solve {
         let qun: Tile<f32, { [BM, 1] }> = broadcast_scalar(qu, const_shape![BM, 1]);
         let delta: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(kbar, zero - qun, qf);
         let x_delta: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(tx, delta);
-        let usual: Tile<f32, { [BM, 1] }> = select(
-            gt_tile(x_delta, least),
-            quotient::<{ [BM, 1] }>(row_dot::<BM, D>(tx, tx), max_tile(x_delta, least)),
-            zero,
-        );
+        let x_x: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(tx, tx);
+        let d_d: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(delta, delta);
+        let known: Tile<bool, { [BM, 1] }> = gt_tile(x_delta, least);
+        let usual: Tile<f32, { [BM, 1] }> =
+            select(known, quotient::<{ [BM, 1] }>(x_x, max_tile(x_delta, least)), zero);
         let rr: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(cov, cov);
         let rr: Tile<f32, { [BM, 1] }> = select(rows_there::<BM>(rows) & gt_tile(rr, least), rr, zero);
         let lam: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(
@@ -162,23 +164,63 @@ pub mod backward_solve {
             ridge_row,
             rows,
         );
-        store_column::<f32, BM>(
-            slice::<f32>(mean_out, wide(bh) * wide(np) + wide(first)),
-            BM,
-            mean.reshape(const_shape![BM]),
+        let scalars_at: i64 = wide(bh) * wide(np) + wide(first);
+        let plane: i64 = wide(grid.0) * wide(np);
+        store_column::<f32, BM>(slice::<f32>(scalars, scalars_at), BM, mean.reshape(const_shape![BM]));
+        // A step of no pass. The squared spread of A about theta that x has seen is how much of c's square such a step leaves. c,
+        // a sum of keys, is longer where they vary more: A acts on it as theta + 1.8 spread theta^2 / (theta - ridge) (measured, on
+        // normal keys and values; theory has the form).
+        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
+        let spread: Tile<f32, { [BM, 1] }> = select(
+            known,
+            max_tile(quotient::<{ [BM, 1] }>(d_d * usual, max_tile(x_delta, least)) - one, zero),
+            one,
         );
+        let small: Tile<f32, { [BM, 1] }> = constant(1.0e-3f32, const_shape![BM, 1]);
+        let longer: Tile<f32, { [BM, 1] }> = constant(1.8f32, const_shape![BM, 1]);
+        let longer: Tile<f32, { [BM, 1] }> =
+            quotient::<{ [BM, 1] }>(longer * spread, max_tile(one - lam * usual, small));
+        let step: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(usual, one + longer);
+        let by_output: bool = error2 > 0.0f32;
+        let mut allowed: Tile<f32, { [BM, 1] }> = rr * broadcast_scalar(tolerance2, const_shape![BM, 1]);
+        let two: Tile<f32, { [BM, 1] }> = constant(2.0f32, const_shape![BM, 1]);
+        let mut part: Tile<f32, { [BM, 1] }> = two;
+        let mut free: Tile<f32, { [BM, 1] }> = zero;
+        if by_output {
+            // What a residual does to the gradients was measured: 0.22 of its length, over the square of the ridge's share of A, or,
+            // for the first step, which dq improves by another, 3 times the square of its length.
+            let error2: Tile<f32, { [BM, 1] }> = broadcast_scalar(error2, const_shape![BM, 1]);
+            let nine: Tile<f32, { [BM, 1] }> = constant(9.0f32, const_shape![BM, 1]);
+            let twenty: Tile<f32, { [BM, 1] }> = constant(20.0f32, const_shape![BM, 1]);
+            let quarter: Tile<f32, { [BM, 1] }> = constant(0.25f32, const_shape![BM, 1]);
+            let steady: Tile<f32, { [BM, 1] }> = lam * step * lam * step;
+            allowed = max_tile(allowed * quarter, rr * twenty * error2 * steady * steady);
+            // dq's other step is counted in its sum of keys, as a part of scale.
+            let four: Tile<f32, { [BM, 1] }> = constant(4.0f32, const_shape![BM, 1]);
+            let fits: Tile<bool, { [BM, 1] }> =
+                known & le_tile(step, four * broadcast_scalar(scale, const_shape![BM, 1]));
+            // Half of the lengthening may be wrong.
+            let left: Tile<f32, { [BM, 1] }> = spread + quarter * longer * longer;
+            part = select(fits, unfinished::<BM>(nine * left * left, error2, by_output), two);
+            free = step;
+        }
+        let mut worst: f32 = together::<BM>(select(gt_tile(rr, zero), part, zero));
         if (options & 16i32) != 0i32 {
             store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
         }
         let mut record: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
         record = put::<BM>(record, 0i32, sc_true);
         record = put::<BM>(record, 1i32, shift);
-        record = put::<BM>(record, 2i32, rr);
+        record = put::<BM>(record, 2i32, rr * min_tile(spread, one));
+        record = put::<BM>(record, 3i32, allowed);
+        let along: Tile<f32, { [BM, 1] }> =
+            quotient::<{ [BM, 1] }>(row_dot::<BM, D>(qf, tx) * qun, max_tile(x_x, least));
+        record = put::<BM>(record, 6i32, along);
         record = put::<BM>(record, 7i32, lam);
         record = put::<BM>(record, 8i32, rr);
         record = put::<BM>(record, 9i32, rr);
-        record = put::<BM>(record, 10i32, usual);
-        let mut worst: f32 = any_positive::<BM>(rr);
+        record = put::<BM>(record, 10i32, step);
+        record = put::<BM>(record, 11i32, free);
         if (options & 16i32) != 0i32 {
             worst = 0.0f32;
         }
@@ -193,7 +235,7 @@ pub mod backward_solve {
         let mut r: Tile<f32, { [BM, D] }> = cov;
         let mut solution: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let mut it: i32 = 0i32;
-        while (it < max_iterations) && (worst > 0.0f32) {
+        while (it < max_iterations) && (worst > 1.0f32) {
             let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
                 record, tq, d_hi, d_lo, &kp, kv0, begin, end, full0, full1, row_lo, row_hi, skip, bias,
                 bias_at, m,
@@ -204,13 +246,13 @@ pub mod backward_solve {
                 Tile<f16, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
-            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, solution, kbar, tolerance2, ku);
+            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, solution, kbar, by_output, ku);
             record = next_record;
             d_hi = next_hi;
             d_lo = next_lo;
             r = next_r;
             solution = next_solution;
-            worst = any_positive::<BM>(pick::<BM>(record, 4i32));
+            worst = together::<BM>(pick::<BM>(record, 4i32));
             it = it + 1i32;
         }
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
@@ -219,9 +261,42 @@ pub mod backward_solve {
             solution = add_scaled::<BM, D>(solution, free, d);
         }
         store_packed::<f32, BM, D>(y, grid.0 * np, tile, solution);
+        let tx: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
+        let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
+        let y_q: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, solution) * qun;
+        let y_delta: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(kbar, solution) - y_q;
+        let y_x: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(tx, solution);
+        let lam: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 7i32);
+        // A first step alone, y = s c, is not close enough for dq, which gets y + s (c - A y) = (2 - s ridge) y - s C y. The last term
+        // needs the keys. What it adds to dq.q is no part of dscale: q.C y, where x.C y = (delta - ridge x).y is known and C acts on the
+        // rest of q nearly as on y.
+        let alone: Tile<bool, { [BM, 1] }> = le_tile(pick::<BM>(record, 15i32), zero);
+        let beyond: Tile<f32, { [BM, 1] }> = select(alone, pick::<BM>(record, 11i32), zero);
+        // At great ridges y is right without, and what is left of these sums is rounding.
+        let great: Tile<f32, { [BM, 1] }> = constant(0.95f32, const_shape![BM, 1]);
+        // dridge needs none, as x.A is delta.
+        store_column::<f32, BM>(
+            slice::<f32>(dridge, wide(bh) * wide(n) + wide(first)),
+            rows,
+            select(gt_tile(beyond, zero), y_x + y_x - beyond * y_delta, y_x).reshape(const_shape![BM]),
+        );
+        let goes: Tile<bool, { [BM, 1] }> = gt_tile(beyond, zero) & le_tile(beyond * lam, great);
+        let beyond: Tile<f32, { [BM, 1] }> = select(goes, beyond, zero);
+        let share: Tile<f32, { [BM, 1] }> = select(goes, two - beyond * lam, one);
+        let along: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 6i32);
+        let logits: Tile<f32, { [BM, 1] }> =
+            beyond * along * (y_delta - lam * y_x) + (one - beyond * lam) * (y_q - along * y_x);
+        let logits: Tile<f32, { [BM, 1] }> = select(goes, logits, zero);
+        let at: i64 = plane + scalars_at;
+        store_column::<f32, BM>(slice::<f32>(scalars, at), BM, beyond.reshape(const_shape![BM]));
+        store_column::<f32, BM>(slice::<f32>(scalars, at + plane), BM, share.reshape(const_shape![BM]));
+        store_column::<f32, BM>(
+            slice::<f32>(scalars, at + plane + plane),
+            BM,
+            logits.reshape(const_shape![BM]),
+        );
         // Padding behind the last block counts as zeros.
         let blocks: i32 = np / BM;
-        let tx: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
         let of_x: f32 = largest::<BM, D>(tx);
         let of_y: f32 = largest::<BM, D>(solution);
         store_number(amax, wide(bh * blocks + mi), of_x);

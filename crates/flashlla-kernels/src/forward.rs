@@ -66,6 +66,7 @@ pub mod forward {
         ridge_head: i32,
         ridge_row: i32,
         tolerance2: f32, // square of the relative residual asked for
+        error2: f32, // if positive, a block ends at this mean square of its outputs' expected relative errors instead
         max_iterations: i32,
         save_lse: i32,
         save_probe: i32,
@@ -216,6 +217,7 @@ pub mod forward {
         let dd: Tile<f32, { [BM, 1] }> = k_k - q_k - q_d;
         // Rows past the end have nothing to solve.
         let dd: Tile<f32, { [BM, 1] }> = select(rows_there::<BM>(rows) & gt_tile(dd, least), dd, zero);
+        let by_output: bool = error2 > 0.0f32;
         let thr: Tile<f32, { [BM, 1] }> = dd * broadcast_scalar(tolerance2, const_shape![BM, 1]);
         let any_q: Tile<bool, { [BM, 1] }> = gt_tile(q_aq, least) & gt_tile(q_q, least) & gt_tile(dd, zero);
         let alpha: Tile<f32, { [BM, 1] }> = select(any_q, quotient::<{ [BM, 1] }>(q_d, q_aq), zero);
@@ -243,23 +245,44 @@ pub mod forward {
             quotient::<{ [BM, 1] }>(aq_aq, max_tile(theta * q_aq, least)) - one;
         let four: Tile<f32, { [BM, 1] }> = constant(4.0f32, const_shape![BM, 1]);
         let ahead: Tile<f32, { [BM, 1] }> = select(seeded, four * rr * max_tile(spread, zero), dd);
-        let enough: Tile<bool, { [BM, 1] }> = seeded & le_tile(ahead, thr);
+        let mut allowed: Tile<f32, { [BM, 1] }> = thr;
+        let mut left: Tile<f32, { [BM, 1] }> = ahead;
+        if by_output {
+            // A residual r leaves at most |r| / ridge of the probe. That adds as much to the output, for values of size 1, as C makes
+            // of it (what it makes of q, or 0.1 of A), where the output's square is sum p (1 - alpha)^2 = 1 + x.C x, of which the
+            // part of the multiple of q is known. Small ridges make too much of this bound: a quarter of the relative residual will
+            // do. Great ridges make too little: the probe is wanted too.
+            let tenth: Tile<f32, { [BM, 1] }> = constant(0.1f32, const_shape![BM, 1]);
+            let of_keys: Tile<f32, { [BM, 1] }> = max_tile(max_tile(theta - lam, theta * tenth), least);
+            let size: Tile<f32, { [BM, 1] }> = one + alpha * alpha * max_tile(q_c, zero);
+            let error2: Tile<f32, { [BM, 1] }> = broadcast_scalar(error2, const_shape![BM, 1]);
+            let probe: Tile<f32, { [BM, 1] }> = constant(1.6e-5f32, const_shape![BM, 1]);
+            let output: Tile<f32, { [BM, 1] }> = error2 * size * lam * quotient::<{ [BM, 1] }>(lam, of_keys);
+            allowed = max_tile(thr * sixteenth, min_tile(output, dd * probe));
+            // What was a bound, for a mean. A query that starts with delta does not know yet how A acts.
+            let half: Tile<f32, { [BM, 1] }> = constant(0.5f32, const_shape![BM, 1]);
+            let most: Tile<f32, { [BM, 1] }> = constant(1.0e30f32, const_shape![BM, 1]);
+            left = select(seeded, half * ahead, most);
+        }
+        let gains: Tile<bool, { [BM, 1] }> = seeded & le_tile(ahead, rr);
         let tiny: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
-        let more: Tile<bool, { [BM, 1] }> = gt_tile(dd, zero) & gt_tile(ahead, thr * tiny);
+        let more: Tile<bool, { [BM, 1] }> = gt_tile(dd, zero) & gt_tile(left, allowed * tiny);
         let r: Tile<f32, { [BM, D] }> =
             select(seeded.broadcast(const_shape![BM, D]), r, add_scaled::<BM, D>(kbar, zero - one, qf));
         let rr: Tile<f32, { [BM, 1] }> = select(seeded, rr, dd);
         let start: Tile<f32, { [BM, 1] }> = select(seeded, alpha, zero);
-        let free: Tile<f32, { [BM, 1] }> = select(enough, step, zero);
+        let free: Tile<f32, { [BM, 1] }> = select(gains, step, zero);
         let energy: Tile<f32, { [BM, 1] }> = max_tile(start * q_d, zero) + step * rr;
-        let mut worst: f32 = any_positive::<BM>(select(gt_tile(dd, zero) & gt_tile(ahead, thr), one, zero));
+        let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(left, allowed, by_output);
+        let mut worst: f32 = together::<BM>(select(gt_tile(dd, zero), part, zero));
         if (options & 16i32) != 0i32 {
             worst = 0.0f32;
         }
         let mut record: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
         record = put::<BM>(record, 0i32, sc_true);
         record = put::<BM>(record, 1i32, shift);
-        record = put::<BM>(record, 2i32, ahead);
+        record = put::<BM>(record, 2i32, min_tile(ahead, rr));
+        record = put::<BM>(record, 3i32, allowed);
         record = put::<BM>(record, 7i32, lam);
         record = put::<BM>(record, 8i32, select(more, rr, zero));
         record = put::<BM>(record, 9i32, dd);
@@ -280,7 +303,7 @@ pub mod forward {
         let mut r: Tile<f32, { [BM, D] }> = r;
         let mut probe: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
         let mut it: i32 = 0i32;
-        while (it < max_iterations) && (worst > 0.0f32) {
+        while (it < max_iterations) && (worst > 1.0f32) {
             let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
                 record, tq, d_hi, d_lo, &kp, kv0, begin, end, full0, full1, row_lo, row_hi, skip, bias,
                 bias_at, m,
@@ -291,13 +314,13 @@ pub mod forward {
                 Tile<f16, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
                 Tile<f32, { [BM, D] }>,
-            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, probe, kbar, tolerance2, ku);
+            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, probe, kbar, by_output, ku);
             record = next_record;
             d_hi = next_hi;
             d_lo = next_lo;
             r = next_r;
             probe = next_probe;
-            worst = any_positive::<BM>(pick::<BM>(record, 4i32));
+            worst = together::<BM>(pick::<BM>(record, 4i32));
             it = it + 1i32;
         }
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);

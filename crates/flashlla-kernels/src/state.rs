@@ -1,9 +1,10 @@
 //! Conjugate gradients of a block of queries. Vectors stay in registers between the passes over the keys; numbers per query are in one tile.
 //!
 //! A record, f32 `[BM, 16]`, holds per query: 0 logit scale (base 2), 1 -lse (base 2; 0 if no key is seen), 2 |r|^2 that counts as
-//! reached, 4 1 while another pass is needed, 7 ridge, 8 |r|^2 (0 once nothing is to be gained), 9 |delta|^2, 10 last step
-//! length (0: none), 11 length of the free step that ends the solve, 12 unit of the direction, 13 direction.kbar in products'
-//! units, 14 bound of delta.x, 15 passes. Apart, each number would be moved between layouts through shared memory by itself.
+//! reached, 3 |r|^2 that may be left, 4 its part of what is left (see `unfinished`), 7 ridge, 8 |r|^2 (0 once nothing is to be gained),
+//! 9 |delta|^2, 10 last step length (0: none), 11 length of the free step that ends the solve, 12 unit of the direction, 13
+//! direction.kbar in products' units, 14 bound of delta.x, 15 passes. Apart, each number would be moved between layouts through
+//! shared memory by itself.
 
 #[cutile::module]
 pub mod state {
@@ -51,6 +52,39 @@ pub mod state {
         let change: Tile<f32, { [BM, 1] }> =
             select(known, min_tile(quotient::<{ [BM, 1] }>(absf(a - last), a), one), one);
         change * change
+    }
+
+    /// A query's part of a block's need of another pass, which there is as long as the parts sum to more than 1.
+    ///
+    /// `left` is the square of what is expected to be left of a residual, `allowed` of what may be. With `shared` the queries of a
+    /// block count together: the mean of the squares' ratios may be 1, none may be 25. Otherwise none may be more than 1.
+    pub fn unfinished<const BM: i32>(
+        left: Tile<f32, { [BM, 1] }>,
+        allowed: Tile<f32, { [BM, 1] }>,
+        shared: bool,
+    ) -> Tile<f32, { [BM, 1] }> {
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let least: Tile<f32, { [BM, 1] }> = constant(1.0e-36f32, const_shape![BM, 1]);
+        let too_much: Tile<f32, { [BM, 1] }> = constant(2.0f32, const_shape![BM, 1]);
+        let rows: Tile<i32, { [BM, 1] }> = broadcast_scalar(BM, const_shape![BM, 1]);
+        let rows: Tile<f32, { [BM, 1] }> = convert_tile(rows);
+        let mut most: Tile<f32, { [BM, 1] }> = allowed;
+        let mut part: Tile<f32, { [BM, 1] }> = zero;
+        if shared {
+            let times: Tile<f32, { [BM, 1] }> = constant(25.0f32, const_shape![BM, 1]);
+            most = allowed * times;
+            part = quotient::<{ [BM, 1] }>(left, max_tile(allowed, least) * rows);
+        }
+        // What is no number counts as nothing: it must not end the others' solve.
+        select(gt_tile(left, most), too_much, select(le_tile(left, most), part, zero))
+    }
+
+    /// The sum of a block's parts.
+    pub fn together<const BM: i32>(parts: Tile<f32, { [BM, 1] }>) -> f32 {
+        let parts: Tile<f32, { [BM] }> = parts.reshape(const_shape![BM]);
+        let sum: Tile<f32, { [] }> = reduce_sum(parts, 0i32);
+        let sum: f32 = tile_to_scalar(sum);
+        sum
     }
 
     /// A direction in fp16 as the products take it, and what that rounding left, with the record that has its unit and its product
@@ -145,8 +179,8 @@ pub mod state {
 
     /// The step along the direction whose pass gave `acc`: the next record, direction, residual and solution.
     ///
-    /// A row stops as soon as one more step along the next direction, of this step's length, is expected to do: that step needs
-    /// no pass ("free"). Its residual is |r|^2 times what this step left of it, plus what the change of the length says.
+    /// The last step, along the next direction and of this step's length, needs no pass ("free"). Its residual is |r|^2 times what
+    /// this step left of it, plus what the change of the length says.
     pub fn advance<const BM: i32, const D: i32, const HIGH: i32>(
         record: Tile<f32, { [BM, 16] }>,
         acc: Tile<f32, { [BM, D] }>,
@@ -155,7 +189,7 @@ pub mod state {
         r: Tile<f32, { [BM, D] }>,
         x: Tile<f32, { [BM, D] }>,
         kbar: Tile<f32, { [BM, D] }>,
-        tolerance2: f32,
+        shared: bool,
         ku: f32,
     ) -> (
         Tile<f32, { [BM, 16] }>,
@@ -173,8 +207,7 @@ pub mod state {
         }
         let ds: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 12i32);
         let rr: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 8i32);
-        let thr: Tile<f32, { [BM, 1] }> =
-            pick::<BM>(record, 9i32) * broadcast_scalar(tolerance2, const_shape![BM, 1]);
+        let allowed: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 3i32);
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo) * across::<BM, D>(ds);
         let coef: Tile<f32, { [BM, 1] }> = ds * broadcast_scalar(ku * ku * lowered, const_shape![BM, 1]);
         let ad: Tile<f32, { [BM, D] }> =
@@ -186,20 +219,19 @@ pub mod state {
         let rn: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(r, r);
         let be: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rn, rr), zero);
         let ahead: Tile<f32, { [BM, 1] }> = rn * (be + step_change::<BM>(a, pick::<BM>(record, 10i32)));
-        let enough: Tile<bool, { [BM, 1] }> = le_tile(ahead, thr);
-        let more: Tile<bool, { [BM, 1] }> = good & gt_tile(ahead, thr * tiny);
+        let gains: Tile<bool, { [BM, 1] }> = le_tile(ahead, rn);
+        let more: Tile<bool, { [BM, 1] }> = good & gt_tile(ahead, allowed * tiny);
         let x: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(x, a, d);
         // A row that has nothing more to gain stays as it is: solution, residual and direction no longer change.
         let good_d: Tile<bool, { [BM, D] }> = good.broadcast(const_shape![BM, D]);
         let next: Tile<f32, { [BM, D] }> = select(good_d, add_scaled::<BM, D>(r, be, d), d);
-        let reached: Tile<f32, { [BM, 1] }> =
-            select(good, select(enough, ahead, rn), pick::<BM>(record, 2i32));
-        let free: Tile<f32, { [BM, 1] }> = select(good, select(enough, a, zero), pick::<BM>(record, 11i32));
+        let reached: Tile<f32, { [BM, 1] }> = select(good, min_tile(ahead, rn), pick::<BM>(record, 2i32));
+        let free: Tile<f32, { [BM, 1] }> = select(good, select(gains, a, zero), pick::<BM>(record, 11i32));
         let energy: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 14i32) + a * rr;
         let passes: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 15i32) + select(good, one, zero);
         let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 2i32, reached);
-        let record: Tile<f32, { [BM, 16] }> =
-            put::<BM>(record, 4i32, select(good & gt_tile(ahead, thr), one, zero));
+        let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(ahead, allowed, shared);
+        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 4i32, select(good, part, zero));
         let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 8i32, select(more, rn, zero));
         let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 10i32, a);
         let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 11i32, free);

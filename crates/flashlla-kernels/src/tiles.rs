@@ -495,14 +495,6 @@ pub mod tiles {
         min(max(x, 0i32), m)
     }
 
-    /// 1 if any value of a column is positive.
-    pub fn any_positive<const BM: i32>(x: Tile<f32, { [BM, 1] }>) -> f32 {
-        let x: Tile<f32, { [BM] }> = x.reshape(const_shape![BM]);
-        let y: Tile<f32, { [] }> = reduce_max(x, 0i32);
-        let y: f32 = tile_to_scalar(y);
-        y
-    }
-
     /// What turns a product of scaled queries and keys into a logit of base 2. Positive, so that -inf stays -inf under it (the
     /// engine refuses a negative scale in the backward), and no less than what changes a weight: products are below 1e6.
     pub fn logit_scale(scale: f32, unit: f32) -> f32 {

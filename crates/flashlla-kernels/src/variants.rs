@@ -50,7 +50,6 @@ fn tiles(entry: &str, d: i32) -> Tiles {
     match (entry, d) {
         ("lla_forward" | "lla_backward_solve", 128) => (64, 128, 8, 1),
         ("lla_decode_split", 128) => (64, 64, 8, 1),
-        ("lla_backward_query", 64) => (128, 64, 8, 1),
         ("lla_backward_query", 128) => (64, 64, 4, 1),
         ("lla_backward_key", 64) => (64, 64, 4, 2),
         ("lla_backward_key", _) => (32, 128, 8, 1),

@@ -13,7 +13,7 @@ pub enum Solver {
     /// pay for a handful of steps only, and ill-conditioned ones never for more than about twice the direct solve.
     Auto {
         /// Relative residual `|δ − A x| / |δ|` to reach; `None`: near the resolution of the arithmetic
-        /// ([`Solver::default_tolerance`]).
+        /// ([`Solver::default_tolerance`]); on a GPU, see `flashlla::cuda`.
         tolerance: Option<f64>,
         /// The most steps before changing over; `None`: no limit but cost.
         max_iters: Option<usize>,

@@ -2,10 +2,11 @@
 
 use super::driver::{Arguments, Context, Memory, fill, upload};
 use super::plan::{
-    Convert, ConvertScratch, Core, Group, Places, Source, Tables, Variants, aligned, dtype, int, side,
+    Convert, ConvertScratch, Core, Group, Places, STANDARD_GRADIENT_ERROR, Source, Tables, Variants, aligned,
+    dtype, int, side,
 };
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
-use crate::{Attention, Element, Error, Result};
+use crate::{Attention, Diagnostics, Element, Error, Result};
 use std::sync::Arc;
 
 /// What a backward reads and writes, all in device memory. Layouts are those of [`super::ForwardPointers`].
@@ -75,8 +76,8 @@ struct Scratch {
     units: [u64; 3],
     /// Those tensors in fp16.
     halves: [u64; 6],
-    /// Mean of grad_out . v of every query.
-    mean: u64,
+    /// Mean of grad_out . v of every query, and three numbers of the step that dq takes beyond y.
+    scalars: u64,
     /// What the key pass needs of every query.
     numbers: u64,
     y: u64,
@@ -104,7 +105,7 @@ impl Scratch {
                 half(places, rows),
                 half(places, rows),
             ],
-            mean: places.take(rows * 4),
+            scalars: places.take(4 * rows * 4),
             numbers: places.take(rows * 16 * 2),
             y: places.take(rows * core.width * 4),
             bytes: places.0,
@@ -160,9 +161,9 @@ impl BackwardPlan {
         &self.core.attention
     }
 
-    /// The relative residual that the second solves aim for.
-    pub fn tolerance(&self) -> f64 {
-        self.core.tolerance
+    /// Whether the diagnostics tell of a query whose second solve stopped short of what it aims for.
+    pub fn unconverged(&self, diagnostics: &Diagnostics) -> bool {
+        self.core.unconverged(diagnostics)
     }
 
     /// The shape `[batch, query head, N', D']` of mean keys and probes on the device.
@@ -212,7 +213,7 @@ impl BackwardPlan {
         // Two units for every head lie behind each other.
         let (g_unit, y_unit) = (q_unit + 4 * heads as u64, x_unit + 4 * heads as u64);
         let [kh, vh, qh, gh, xh, yh] = at.halves.map(|at| base + at);
-        let [mean, numbers, y] = [at.mean, at.numbers, at.y].map(|at| base + at);
+        let [scalars, numbers, y] = [at.scalars, at.numbers, at.y].map(|at| base + at);
         let [of_keys, of_queries, of_states] = &at.convert;
         let [first_query, end_query] = at.seen_by.map(|at| base + at);
         // SAFETY: inside the scratch.
@@ -241,18 +242,18 @@ impl BackwardPlan {
                 p.covariance.unwrap_or(0),
                 y,
             ])
-            .pointers([base + of_states.amax(), mean, iterations, relative])
+            .pointers([base + of_states.amax(), scalars, p.dridge, iterations, relative])
             .then(&common(&self.solve))
             .f32(scale)
             .pointers([ridge.ptr])
-            .then(&core.solve_limits(ridge))
+            .then(&core.solve_limits(ridge, STANDARD_GRADIENT_ERROR))
             .i32s([i32::from(p.diagnostics.is_some())]);
         let strides = |arguments: Arguments, view: &DeviceView| {
             arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
         };
         let query = Arguments::new()
             .pointers([qh, gh, xh, yh, kh, vh, q_unit, x_unit, y_unit, unit, p.key_mean, y, p.lse])
-            .pointers([mean, numbers, p.dq.ptr, p.dridge, p.dscale])
+            .pointers([scalars, numbers, p.dq.ptr, p.dscale])
             .then(&common(&self.query))
             .i32s([int(a.head_dim())]);
         let query = strides(query, &p.dq).f32(scale);

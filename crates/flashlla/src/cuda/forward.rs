@@ -2,10 +2,11 @@
 
 use super::driver::{Arguments, Context, Memory};
 use super::plan::{
-    Convert, ConvertScratch, Core, Group, Places, Source, Tables, Variants, aligned, dtype, int, side,
+    Convert, ConvertScratch, Core, Group, Places, STANDARD_OUTPUT_ERROR, Source, Tables, Variants, aligned,
+    dtype, int, side,
 };
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
-use crate::{Attention, Element, Result};
+use crate::{Attention, Diagnostics, Element, Result};
 use std::sync::Arc;
 
 /// What a forward reads and writes, all in device memory.
@@ -108,9 +109,9 @@ impl ForwardPlan {
         &self.core.attention
     }
 
-    /// The relative residual that the solves aim for.
-    pub fn tolerance(&self) -> f64 {
-        self.core.tolerance
+    /// Whether the diagnostics tell of a query that stopped short of what its solve aims for.
+    pub fn unconverged(&self, diagnostics: &Diagnostics) -> bool {
+        self.core.unconverged(diagnostics)
     }
 
     /// The shape `[batch, query head, N', D']` of mean keys and probes on the device.
@@ -187,7 +188,7 @@ impl ForwardPlan {
             .then(&core.by_query(&at.tables, base, self.forward.block[0], p.bias))
             .i32s([int(a.head_dim())]);
         let forward = strides(forward, &p.q).f32(a.scale() as f32).i32s([int(a.value_dim())]);
-        let forward = strides(forward, &p.out).then(&core.solve_limits(ridge)).i32s([
+        let forward = strides(forward, &p.out).then(&core.solve_limits(ridge, STANDARD_OUTPUT_ERROR)).i32s([
             i32::from(p.lse.is_some()),
             i32::from(p.probe_out.is_some()),
             i32::from(p.diagnostics.is_some()),

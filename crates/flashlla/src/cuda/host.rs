@@ -342,11 +342,6 @@ fn flop(a: &Attention, iterations: &[u32], fixed: usize, step: usize) -> u64 {
     iterations.iter().enumerate().map(row).sum()
 }
 
-/// Whether a query stopped short of the tolerance.
-fn unconverged(diagnostics: &Diagnostics, tolerance: f64) -> bool {
-    diagnostics.residual.iter().any(|&r| f64::from(r) > 1.001 * tolerance)
-}
-
 /// Writes contiguous results into a view.
 pub(super) fn write<S: Element, O: Element>(from: &[S], to: &ViewMut<O>) {
     let [_, heads, n, d] = to.shape();
@@ -376,7 +371,7 @@ impl Cuda {
         let (mut out, mut state) = inputs.forward(&plan, &stream)?;
         if matches!(a.solver(), Solver::Auto { .. })
             && !high
-            && unconverged(&state.diagnostics, plan.tolerance())
+            && plan.unconverged(&state.diagnostics)
             && let Ok(plan) = ForwardPlan::new::<S>(&self.inner, a, inputs.options(), true)
         {
             (out, state) = inputs.forward(&plan, &stream)?;
@@ -473,7 +468,7 @@ impl Engine for Cuda {
         let mut gradients = inputs.backward(&plan, &stream, state, &grad_out, &silent)?;
         if matches!(a.solver(), Solver::Auto { .. })
             && !high
-            && unconverged(&gradients.other.diagnostics, plan.tolerance())
+            && plan.unconverged(&gradients.other.diagnostics)
             && let Ok(plan) = BackwardPlan::new::<T, G, f32>(&self.inner, a, inputs.options(), true)
         {
             gradients = inputs.backward(&plan, &stream, state, &grad_out, &silent)?;

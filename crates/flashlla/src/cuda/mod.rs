@@ -15,10 +15,12 @@
 //! - [`Precision::Standard`](crate::Precision): search directions and probes in fp16.
 //! - [`Precision::High`](crate::Precision): in two fp16 terms, one more product per pass.
 //!
-//! [`Solver::Auto`](crate::Solver) runs conjugate gradients to [`STANDARD_TOLERANCE`] (or [`HIGH_TOLERANCE`]) and at most
+//! [`Solver::Auto`](crate::Solver) without a tolerance ends the conjugate gradients of a block of queries in standard precision when
+//! the expected error of its outputs is [`STANDARD_OUTPUT_ERROR`] ([`STANDARD_GRADIENT_ERROR`] of its gradients), in high precision
+//! when every query's relative residual is [`HIGH_TOLERANCE`]; a tolerance that is given is a relative residual. It takes at most
 //! `D'` (`4 D'`) steps, D' being the head dimension rounded up to that of the kernels. Where a query has not converged by
 //! then, [`Cuda`] computes the problem again in high precision; a [`ForwardPlan`] does not, because it would have to wait for the
-//! residuals. The residuals say whether every solve converged.
+//! diagnostics. They give every query's steps and relative residual.
 
 mod backward;
 pub mod bundle;
@@ -38,7 +40,10 @@ pub use cache_write::{CacheWrite, CacheWriter};
 pub use decode::{DECODE_TOLERANCE, DecodePlan, DecodePointers, DevicePool, DeviceScale, PoolLayout};
 pub use driver::RawStream;
 pub use forward::{ForwardPlan, ForwardPointers};
-pub use plan::{DeviceBias, DeviceRidge, DeviceView, HIGH_TOLERANCE, PlanOptions, STANDARD_TOLERANCE};
+pub use plan::{
+    DeviceBias, DeviceRidge, DeviceView, HIGH_TOLERANCE, PlanOptions, STANDARD_GRADIENT_ERROR,
+    STANDARD_OUTPUT_ERROR, STANDARD_TOLERANCE,
+};
 
 use crate::{Attention, Element, Error, Precision, Result};
 use bundle::{Bundle, Wanted};

@@ -3,17 +3,28 @@
 use super::bundle::Wanted;
 use super::driver::{Arguments, Function, fill, upload};
 use super::{Inner, RawStream};
-use crate::{Attention, Element, Error, Result, Solver};
+use crate::{Attention, Diagnostics, Element, Error, Result, Solver};
 use std::sync::Arc;
 
 /// Every token count is rounded up to this inside: a multiple of all tiles.
 const TOKENS: usize = 128;
 
-/// Relative residual that [`Solver::Auto`](crate::Solver) aims for with [`Precision::Standard`](crate::Precision) at head dimensions up to
-/// 64, over the square root of 2 where the kernels are 128 wide: right-hand sides grow like the root of the head dimension, and
-/// the outputs' errors with them. What is left adds less to the outputs than their rounding to `bf16`.
+/// Expected relative error of the outputs, as a root of the mean square over a block of 64 queries, at which
+/// [`Solver::Auto`](crate::Solver) without a tolerance ends its solves with [`Precision::Standard`](crate::Precision). Their rounding to
+/// `bf16` alone is 1.6e-3.
+///
+/// It is estimated for values of size 1 that know nothing of their keys: a residual r leaves at most |r| / λ of the probe, in which
+/// the keys vary as they do along the query. No query of the block is left at more than five times the mean, and none is asked for a
+/// relative residual below a quarter of [`STANDARD_TOLERANCE`].
+pub const STANDARD_OUTPUT_ERROR: f64 = 1.3e-3;
+/// The same of the gradients of queries, keys and values, for the backward's own solves. What residuals do to gradients was measured
+/// on normal queries, keys and values.
+pub const STANDARD_GRADIENT_ERROR: f64 = 4e-3;
+/// Relative residual with [`Precision::Standard`](crate::Precision) at head dimensions up to 64, over the square root of 2 where the
+/// kernels are 128 wide: right-hand sides grow like the root of the head dimension, and the outputs' errors with them. Small ridges ask
+/// for a part of it; a query that ran out of steps above it has not converged.
 pub const STANDARD_TOLERANCE: f64 = 3e-3;
-/// The same with [`Precision::High`](crate::Precision), at all head dimensions.
+/// Relative residual that every query is solved to with [`Precision::High`](crate::Precision), at all head dimensions.
 pub const HIGH_TOLERANCE: f64 = 1e-4;
 
 /// Bits of the kernels' `options`.
@@ -178,6 +189,8 @@ pub(super) struct Core {
     ranges: Option<[Vec<i32>; 2]>,
     ridge: RidgeTable,
     pub tolerance: f64,
+    /// Solves end by the error that is expected of the results, not by residuals.
+    by_error: bool,
     pub max_iters: i32,
     /// Numbers of `ranges` by block, each with the block's size: see [`Core::block_bounds`].
     bounds: Vec<(usize, Vec<i32>)>,
@@ -233,7 +246,7 @@ impl Core {
             ));
         }
         let (options, offset, window, ranges) = translate_mask(a, has.probe);
-        let (tolerance, max_iters) = limits(a.solver(), high, width);
+        let (tolerance, by_error, max_iters) = limits(a.solver(), high, width);
         Ok(Self {
             engine: engine.clone(),
             attention: a.clone(),
@@ -245,6 +258,7 @@ impl Core {
             ranges,
             ridge: RidgeTable::new(a),
             tolerance,
+            by_error,
             max_iters,
             bounds: vec![],
         })
@@ -382,12 +396,26 @@ impl Core {
         self.pairs(tables, base).then(&Self::bias(bias))
     }
 
-    /// The arguments of a solve from `ridge_batch` to `max_iterations`.
-    pub fn solve_limits(&self, ridge: DeviceRidge) -> Arguments {
+    /// The arguments of a solve from `ridge_batch` to `max_iterations`; `error` is that of the results at which it may end.
+    pub fn solve_limits(&self, ridge: DeviceRidge, error: f64) -> Arguments {
+        let error = if self.by_error { error } else { 0.0 };
         Arguments::new()
             .i32s(ridge.strides)
             .f32((self.tolerance * self.tolerance) as f32)
+            .f32((error * error) as f32)
             .i32s([self.max_iters])
+    }
+
+    /// Whether a query stopped short of what its solve aims for.
+    pub fn unconverged(&self, diagnostics: &Diagnostics) -> bool {
+        // Blocks that end by the error of their results may leave any residual, unless they run out of steps.
+        let out_of_steps = |&steps: &u32| !self.by_error || i64::from(steps) >= i64::from(self.max_iters);
+        let above = |&r: &f32| f64::from(r) > 1.001 * self.tolerance;
+        diagnostics
+            .iterations
+            .iter()
+            .zip(&diagnostics.residual)
+            .any(|(steps, r)| out_of_steps(steps) && above(r))
     }
 
     /// Whether a bias is there exactly if one was planned, and token strides fit.
@@ -592,15 +620,16 @@ fn translate_mask(a: &Attention, probe: bool) -> (i32, i32, i32, Option<[Vec<i32
     (options, offset, 0, Some([first, end]))
 }
 
-/// Residual to reach and most steps.
-fn limits(solver: Solver, high: bool, width: usize) -> (f64, i32) {
+/// Residual to reach, whether the results' expected errors decide instead, and most steps.
+fn limits(solver: Solver, high: bool, width: usize) -> (f64, bool, i32) {
     let standard = STANDARD_TOLERANCE * (64.0 / width as f64).sqrt();
     let (tolerance, steps) = if high { (HIGH_TOLERANCE, 4 * width) } else { (standard, width) };
+    let by_error = !high && matches!(solver, Solver::Auto { tolerance: None, .. });
     let (tolerance, steps) = match solver {
         Solver::Auto { tolerance: t, max_iters } => (t.unwrap_or(tolerance), max_iters.unwrap_or(steps)),
         Solver::Cg { tolerance, max_iters } => (tolerance, max_iters),
         Solver::Direct => unreachable!("refused before"),
     };
     // Squared in f32: not below its smallest normal number.
-    (tolerance.max(1e-7), i32::try_from(steps).unwrap_or(i32::MAX))
+    (tolerance.max(1e-7), by_error, i32::try_from(steps).unwrap_or(i32::MAX))
 }
