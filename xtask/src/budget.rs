@@ -112,7 +112,7 @@ fn limits(entry: &str, plain: bool) -> (u32, u32) {
     match (entry, plain) {
         ("lla_forward", true) => (416, 0),
         ("lla_forward", false) => (1216, 176),
-        ("lla_backward_solve", true) => (288, 0),
+        ("lla_backward_solve", true) => (640, 0),
         ("lla_backward_solve", false) => (1728, 392),
         ("lla_backward_query", _) => (560, 0),
         ("lla_backward_key", true) => (32, 0),
