@@ -93,7 +93,7 @@ impl KvCache {
 
 impl LocalLinearAttention {
     /// A layer of `config`'s sizes. The kind must be [`MixerKind::LocalLinear`], or [`MixerKind::Parallax`] for a probe
-    /// `x = probe_proj(input)` in place of the solved one.
+    /// `x = probe_proj(input)`, 0 before training, in place of the solved one.
     pub fn new(config: &MixerConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
         if !matches!(config.kind, MixerKind::LocalLinear | MixerKind::Parallax) {
@@ -114,7 +114,9 @@ impl LocalLinearAttention {
             None
         };
         let probe_proj = if parallax {
-            Some(Projection::new(config.dim, heads.heads * heads.width, config.bias, vb.pp("probe_proj"))?)
+            // It starts as softmax attention: a random probe of some length would drown the values in corrections.
+            let (inner, zero) = (heads.heads * heads.width, Init::Const(0.0));
+            Some(Projection::starting(zero, config.dim, inner, config.bias, vb.pp("probe_proj"))?)
         } else {
             None
         };

@@ -16,6 +16,11 @@ impl Projection {
     /// Weights of deviation `in_dim^-0.5`, bias 0.
     pub fn new(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
         let init = Init::Randn { mean: 0.0, stdev: (in_dim.max(1) as f64).powf(-0.5) };
+        Self::starting(init, in_dim, out_dim, bias, vb)
+    }
+
+    /// With weights that start otherwise.
+    pub fn starting(init: Init, in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints((out_dim, in_dim), "weight", init)?;
         let bias = if bias { Some(vb.get_with_hints(out_dim, "bias", Init::Const(0.0))?) } else { None };
         Ok(Self { weight, bias })

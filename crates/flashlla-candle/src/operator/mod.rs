@@ -124,7 +124,7 @@ pub fn local_linear_attention(
     }
     let learned = if let Scale::Tensor(scale) = &scale { Some(("scale", scale)) } else { None };
     for (name, x) in [("k", k), ("v", v), ("ridge", ridge)].into_iter().chain(probe).chain(learned) {
-        if !x.device().same_device(q.device()) {
+        if x.device().location() != q.device().location() {
             let place = |x: &Tensor| format!("{:?}", x.device().location());
             return Err(value(name, place(x), format!("on q's device, {}", place(q))));
         }
