@@ -76,14 +76,14 @@ mod tests {
         };
         for (tokens, answers) in tokens.chunks_exact(17).zip(answers.chunks_exact(5)) {
             // Follow each object by itself, rather than all of them at once.
-            for object in 0..5 {
+            for (object, &answer) in answers.iter().enumerate() {
                 let place = tokens[..12].iter().fold(object, |place, &token| match names[token as usize] {
                     Some((a, b)) if place == a => b,
                     Some((a, b)) if place == b => a,
                     Some(_) => place,
                     None => panic!("an instruction is not a question"),
                 });
-                assert_eq!(answers[object] as usize, place);
+                assert_eq!(answer as usize, place);
             }
             assert_eq!(tokens[12..], [0, 1, 2, 3, 4]);
         }

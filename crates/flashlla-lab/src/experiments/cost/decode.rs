@@ -43,7 +43,7 @@ pub fn steps(shape: Shape) -> Result<[Cost; 4]> {
     {
         k.chunks_exact(dim).zip(v.chunks_exact(dim)).for_each(|(k, v)| state.add(k, v));
     }
-    let each = |step: &dyn Fn(&mut State, &[f32], &[f32], &[f32]) -> Vec<f32>| {
+    let each = |step: Step| {
         let mut states = states.clone();
         measure(|| {
             let rows = q.data().chunks_exact(dim).zip(k.chunks_exact(dim).zip(v.chunks_exact(dim)));
@@ -54,10 +54,13 @@ pub fn steps(shape: Shape) -> Result<[Cost; 4]> {
                 .collect::<Vec<_>>())
         })
     };
-    let linear = each(&State::linear)?;
-    let mesa = each(&State::mesa)?;
+    let linear = each(State::linear)?;
+    let mesa = each(State::mesa)?;
     Ok([softmax, linear, mesa, lla])
 }
+
+/// What a head does with the next query, key and value.
+type Step = fn(&mut State, &[f32], &[f32], &[f32]) -> Vec<f32>;
 
 /// The state of one head.
 #[derive(Debug, Clone)]

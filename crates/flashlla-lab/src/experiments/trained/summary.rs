@@ -202,7 +202,7 @@ impl View<'_> {
 
     /// The scores along training.
     fn curve_figure(&self) -> Option<Figure> {
-        let panels = self.grid.cells.iter().take(PANELS).map(|(setting, row)| {
+        let panels = self.grid.cells.iter().map(|(setting, row)| {
             let series = self.grid.mixers.iter().filter_map(|kind| {
                 let (name, colour, corners) = look(*kind);
                 let curve = row.get(kind)?.curve();
@@ -212,9 +212,10 @@ impl View<'_> {
             let x = Axis::new("training steps", Scale::Linear);
             Panel { title: self.title(setting, None), x, y: self.y_axis(), series: series.collect() }
         });
-        let panels: Vec<Panel> = panels.collect();
-        let long = panels.iter().flat_map(|panel| &panel.series).any(|series| series.points.len() > 1);
-        long.then(|| Figure {
+        // A single evaluation is no curve.
+        let long = |panel: &Panel| panel.series.iter().any(|series| series.points.len() > 1);
+        let panels: Vec<Panel> = panels.filter(long).take(PANELS).collect();
+        (!panels.is_empty()).then(|| Figure {
             name: "curves".into(),
             title: format!("{} of held-out data while training", capitalised(self.score.label)),
             columns: 2,
