@@ -24,6 +24,8 @@ pub const STANDARD_GRADIENT_ERROR: f64 = 2.5e-3;
 /// kernels are 128 wide: right-hand sides grow like the root of the head dimension, and the outputs' errors with them. Small ridges ask
 /// for a part of it; a query that ran out of steps above it has not converged.
 pub const STANDARD_TOLERANCE: f64 = 3e-3;
+/// Relative residual above which no solve counts as done, however small the error that is expected of it.
+const MOST_RESIDUAL: f64 = 0.1;
 /// Relative residual that every query is solved to with [`Precision::High`](crate::Precision), at all head dimensions.
 pub const HIGH_TOLERANCE: f64 = 1e-4;
 
@@ -408,14 +410,12 @@ impl Core {
 
     /// Whether a query stopped short of what its solve aims for.
     pub fn unconverged(&self, diagnostics: &Diagnostics) -> bool {
-        // Blocks that end by the error of their results may leave any residual, unless they run out of steps.
-        let out_of_steps = |&steps: &u32| !self.by_error || i64::from(steps) >= i64::from(self.max_iters);
-        let above = |&r: &f32| f64::from(r) > 1.001 * self.tolerance;
-        diagnostics
-            .iterations
-            .iter()
-            .zip(&diagnostics.residual)
-            .any(|(steps, r)| out_of_steps(steps) && above(r))
+        // Blocks that end by the error of their results leave more, but no solve that went well a tenth, unless out of steps.
+        let in_steps = |&steps: &u32| self.by_error && i64::from(steps) < i64::from(self.max_iters);
+        let above = |steps: &u32, &r: &f32| {
+            f64::from(r) > if in_steps(steps) { MOST_RESIDUAL } else { 1.001 * self.tolerance }
+        };
+        diagnostics.iterations.iter().zip(&diagnostics.residual).any(|(steps, r)| above(steps, r))
     }
 
     /// Whether a bias is there exactly if one was planned, and token strides fit.
