@@ -24,6 +24,8 @@ pub const STANDARD_GRADIENT_ERROR: f64 = 2.5e-3;
 /// kernels are 128 wide: right-hand sides grow like the root of the head dimension, and the outputs' errors with them. Small ridges ask
 /// for a part of it; a query that ran out of steps above it has not converged.
 pub const STANDARD_TOLERANCE: f64 = 3e-3;
+/// Query rows of a block that solves together.
+const BLOCK: usize = 64;
 /// Relative residual above which no solve counts as done, however small the error that is expected of it.
 const MOST_RESIDUAL: f64 = 0.1;
 /// Relative residual that every query is solved to with [`Precision::High`](crate::Precision), at all head dimensions.
@@ -400,11 +402,13 @@ impl Core {
 
     /// The arguments of a solve from `ridge_batch` to `max_iterations`; `error` is that of the results at which it may end.
     pub fn solve_limits(&self, ridge: DeviceRidge, error: f64) -> Arguments {
-        let error = if self.by_error { error } else { 0.0 };
+        // The kernels take the mean over all rows of a block, those that are not there included.
+        let there = self.attention.queries().min(BLOCK) as f64 / BLOCK as f64;
+        let error2 = if self.by_error { error * error * there } else { 0.0 };
         Arguments::new()
             .i32s(ridge.strides)
             .f32((self.tolerance * self.tolerance) as f32)
-            .f32((error * error) as f32)
+            .f32(error2 as f32)
             .i32s([self.max_iters])
     }
 
