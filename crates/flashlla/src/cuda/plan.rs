@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// Every token count is rounded up to this inside: a multiple of all tiles.
 const TOKENS: usize = 128;
 
-/// Expected relative error of the outputs, as a root of the mean square over a block of 64 queries, at which
+/// Expected relative error of the outputs, as a root of the mean square over a block of 64 queries, at which, from 64 queries on,
 /// [`Solver::Auto`](crate::Solver) without a tolerance ends its solves with [`Precision::Standard`](crate::Precision). Their rounding to
 /// `bf16` alone is 1.6e-3.
 ///
@@ -251,6 +251,8 @@ impl Core {
         }
         let (options, offset, window, ranges) = translate_mask(a, has.probe);
         let (tolerance, by_error, max_iters) = limits(a.solver(), high, width);
+        // The mean over a block of few queries would be one over rows that are not there.
+        let by_error = by_error && a.queries() >= BLOCK;
         Ok(Self {
             engine: engine.clone(),
             attention: a.clone(),
@@ -402,9 +404,7 @@ impl Core {
 
     /// The arguments of a solve from `ridge_batch` to `max_iterations`; `error` is that of the results at which it may end.
     pub fn solve_limits(&self, ridge: DeviceRidge, error: f64) -> Arguments {
-        // The kernels take the mean over all rows of a block, those that are not there included.
-        let there = self.attention.queries().min(BLOCK) as f64 / BLOCK as f64;
-        let error2 = if self.by_error { error * error * there } else { 0.0 };
+        let error2 = if self.by_error { error * error } else { 0.0 };
         Arguments::new()
             .i32s(ridge.strides)
             .f32((self.tolerance * self.tolerance) as f32)
