@@ -7,7 +7,7 @@ from typing import Any
 from flashlla import _flashlla
 from flashlla._decoding import check_layout, decode
 from flashlla._options import check_axes, heads_first
-from flashlla._public import torch
+from flashlla._torch import torch
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flashlla._options import checked
-from flashlla._public import Diagnostics, torch
+from flashlla._public import Diagnostics
+from flashlla._torch import torch
 
 LAYOUTS = ("bhnd", "bnhd")
 

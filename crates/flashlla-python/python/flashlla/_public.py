@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flashlla._options import check_layout, checked
+from flashlla._torch import torch
 
-try:
-    import torch
-
+if torch is not None:
     from flashlla import _tensors
-except ImportError:
-    torch = None  # type: ignore[assignment]
 
 
 class Diagnostics(NamedTuple):

@@ -163,7 +163,8 @@ def _on_cpu(
         _flashlla.cpu_decode(inputs, kept, pages, host(out[:, of_q]), host_results(*as_floats))
         if scale is not None:
             for to, x in zip(rest, found, strict=False):
-                to[:, of_q] = x
+                if x is not None:
+                    to[:, of_q] = x
     return rest
 
 
