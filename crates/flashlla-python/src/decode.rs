@@ -10,7 +10,7 @@ use flashlla::cache::CacheView;
 use flashlla::cuda::{
     CacheWrite, DECODE_TOLERANCE, DecodePointers, DevicePool, DeviceScale, DeviceView, PoolLayout, RawStream,
 };
-use flashlla::{Attention, Cuda, Element, Engine, Error};
+use flashlla::{Engine, Error};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -105,13 +105,6 @@ pub fn cuda_decode_plan(
     sizes: DecodeSizes,
     options: Options,
 ) -> PyResult<DecodePlan> {
-    fn make<T: Element>(
-        cuda: &Cuda,
-        attention: &Attention,
-        layout: PoolLayout,
-    ) -> PyResult<flashlla::cuda::DecodePlan> {
-        cuda.decode_plan::<T>(attention, layout).map_err(raised)
-    }
     let ([pages, kv_heads, page_size, _], batch) = (sizes.k, sizes.q[0]);
     let layout = PoolLayout { pages, page_size, paged: sizes.table_width.is_some() };
     let room = sizes.table_width.map_or(page_size, |width| width.saturating_mul(page_size));
@@ -119,7 +112,7 @@ pub fn cuda_decode_plan(
     let attention = options.attention(sizes.q, k, v, None, DECODE_TOLERANCE)?;
     let plan = py.detach(|| {
         let cuda = engine(device)?;
-        with_gpu_type!(dtype, T => make::<T>(&cuda, &attention, layout))
+        with_gpu_type!(dtype, T => cuda.decode_plan::<T>(&attention, layout).map_err(raised))
     })?;
     Ok(DecodePlan { plan })
 }

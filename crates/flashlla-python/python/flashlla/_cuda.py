@@ -60,6 +60,22 @@ def _steps(x: Tensor) -> tuple[int, ...]:
     return tuple([stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)])
 
 
+def placed_ridge(ridge: Tensor | None, rows: tuple[int, int, int]) -> Any:
+    """The address of ridges `[]`, `[HQ]` or `[B, HQ, N]`, 1 where constant, and their strides; `rows` are B, HQ and N."""
+    if ridge is None:
+        return None
+    if ridge.dim() == 0:
+        return (ridge.data_ptr(), (0, 0, 0))
+    shape = (1, 1, 1) if ridge.shape == (1,) else ridge_axes(ridge.shape)
+    if not all(size in (1, full) for size, full in zip(shape, rows, strict=True)):
+        raise ValueError(
+            f"ridge: shape {list(ridge.shape)} does not fit; it must be {list(rows)} (batch, query heads, "
+            "queries) with 1 where it is constant"
+        )
+    steps = _steps(ridge)
+    return (ridge.data_ptr(), steps if len(steps) == 3 else (0, *steps, 0))
+
+
 class Call:
     """Calls of one kind: what sizes, types and options alone decide, checked and worked out once.
 
@@ -115,20 +131,6 @@ class Call:
         if self._packed and torch.cuda.is_current_stream_capturing():
             _CAPTURED.add(self)
         return stream(self.device)
-
-    def _ridge(self, ridge: Tensor | None) -> Any:
-        if ridge is None:
-            return None
-        if ridge.dim() == 0:
-            return (ridge.data_ptr(), (0, 0, 0))
-        shape = (1, 1, 1) if ridge.shape == (1,) else ridge_axes(ridge.shape)
-        if not all(size in (1, full) for size, full in zip(shape, self.rows, strict=True)):
-            raise ValueError(
-                f"ridge: shape {list(ridge.shape)} does not fit; it must be {list(self.rows)} (batch, query heads, "
-                "queries) with 1 where it is constant"
-            )
-        steps = _steps(ridge)
-        return (ridge.data_ptr(), steps if len(steps) == 3 else (0, *steps, 0))
 
     def _bias(self, bias: Tensor | None) -> tuple[Tensor | None, Any]:
         if bias is None:
@@ -211,10 +213,10 @@ class Call:
         `state` begins with memory for key means and probes, float32; `lse` and `diagnostics` (iterations, residuals) are
         addresses.
         """
-        ridge_at = self._ridge(ridge)
+        ridge_at = placed_ridge(ridge, self.rows)
         if scale is not None:
             q, k, v, ridge = self._folded(q, k, v, ridge, scale)
-            ridge_at = self._ridge(ridge)
+            ridge_at = placed_ridge(ridge, self.rows)
         q, k, v = _rows(q), _rows(k), _rows(v)
         if out is None:
             out = q.new_empty(self.out_shape)
@@ -283,11 +285,11 @@ class Call:
         bias and probe. `lse`, `[batch, query head, query]`, and `state` are what the forward wrote."""
         plan = self._backward_plan(grad_out.dtype)
         given = (q, k, v)
-        ridge_at = self._ridge(ridge)
+        ridge_at = placed_ridge(ridge, self.rows)
         of_ridge: Tensor | None = None
         if scale is not None:
             q, k, v, of_ridge = self._folded(q, k, v, ridge, scale)
-            ridge_at = self._ridge(of_ridge)
+            ridge_at = placed_ridge(of_ridge, self.rows)
         q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
         if gradients is None or scale is not None:
             dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

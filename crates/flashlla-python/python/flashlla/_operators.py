@@ -36,7 +36,7 @@ _library.define(
 )
 
 
-def _sums(q: Tensor) -> torch.dtype:
+def sums(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -62,8 +62,8 @@ def _forward_outputs(
     b, h, n, _ = q.shape
     return (
         laid_out(q, (b, h, n, v.shape[3]), out_dtype or q.dtype, tokens_first),
-        q.new_empty((b, h, n), dtype=_sums(q)),
-        q.new_empty((2, *_state_shape(q, v)) if save or diagnostics else (0,), dtype=_sums(q)),
+        q.new_empty((b, h, n), dtype=sums(q)),
+        q.new_empty((2, *_state_shape(q, v)) if save or diagnostics else (0,), dtype=sums(q)),
         q.new_empty((2, b, h, n) if diagnostics else (0,), dtype=torch.float32),
     )
 
@@ -118,7 +118,7 @@ def _backward_cpu(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     # Named, so that it lives while its address is in use.
     grad_out = grad_out.to(q.dtype)
     # The engine leaves the rest in the type of its sums.
-    ridge_sums = None if ridge is None else dridge.to(_sums(q))
+    ridge_sums = None if ridge is None else dridge.to(sums(q))
     grad = _flashlla.cpu_backward(
         _host_inputs(tensors, options),
         (host(lse), host(state[0]), host(state[1])),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flashlla import _flashlla
-from flashlla._cuda import stream
-from flashlla._operators import NAMES, host, host_results, laid_out
+from flashlla._cuda import placed_ridge, stream
+from flashlla._operators import NAMES, host, host_results, laid_out, sums
 from flashlla._options import Options, as_laid_out, bias_axes, check_axes, heads_first, integers, ridge_axes
 from flashlla._tensors import _check, _floating, _number
 
@@ -82,13 +82,13 @@ def decode(
     elif scale is not None:
         options, scale = options._replace(scale=_number("scale", scale)), None
     if probe is not None:
-        probe = _floating("probe", probe).to(device, sums_of(q))
+        probe = _floating("probe", probe).to(device, sums(q))
         check_axes("probe", probe.shape, layout)
         probe = heads_first(probe, layout)
     out = laid_out(q, (*q.shape[:3], v.shape[3]), q.dtype, layout == "bnhd")
     if device.type == "cpu":
         if bias is not None:
-            bias = _floating("bias", bias).to(device, sums_of(q)).reshape(bias_axes(bias.shape))
+            bias = _floating("bias", bias).to(device, sums(q)).reshape(bias_axes(bias.shape))
         rest = _on_cpu(q, k, v, lengths, block_table, ridge, scale, bias, probe, options, out, diagnostics)
     else:
         if bias is not None:
@@ -97,19 +97,15 @@ def decode(
     return as_laid_out(out, layout), rest
 
 
-def sums_of(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _rest(q: Tensor, diagnostics: bool) -> tuple[Tensor, ...]:
     """Memory for what is returned beside the outputs: log-sum-exps, key means, probes, iterations, residuals."""
     if not diagnostics:
         return ()
-    sums, (b, h, n, d) = sums_of(q), q.shape
+    wide, (b, h, n, d) = sums(q), q.shape
     return (
-        q.new_empty((b, h, n), dtype=sums),
-        q.new_empty((b, h, n, d), dtype=sums),
-        q.new_empty((b, h, n, d), dtype=sums),
+        q.new_empty((b, h, n), dtype=wide),
+        q.new_empty((b, h, n, d), dtype=wide),
+        q.new_empty((b, h, n, d), dtype=wide),
         q.new_zeros((b, h, n), dtype=torch.int32),
         q.new_zeros((b, h, n), dtype=torch.float32),
     )
@@ -228,16 +224,8 @@ def _on_cuda(
     lengths = _device_counts("lengths", lengths, (b,), device)
     if table is not None:
         table = _device_counts("block_table", table, (b, table.shape[1]), device)
-    ridges, scales = None, None
-    if ridge is not None:
-        ridge = ridge.to(torch.float32)
-        if not all(size in (1, full) for size, full in zip(ridge.shape, (b, h, n), strict=True)):
-            raise ValueError(
-                f"ridge: shape {list(ridge.shape)} does not fit; it must be {[b, h, n]} (batch, query heads, queries) "
-                "with 1 where it is constant"
-            )
-        steps = [stride if size > 1 else 0 for size, stride in zip(ridge.shape, ridge.stride(), strict=True)]
-        ridges = (ridge.data_ptr(), tuple(steps))
+    ridge = None if ridge is None else ridge.to(torch.float32)
+    scales = None
     if scale is not None:
         scale = scale.to(device, torch.float32).contiguous()
         scales = (scale.data_ptr(), 0 if scale.numel() == 1 else 1)
@@ -259,7 +247,7 @@ def _on_cuda(
         None if table is None else table.data_ptr(),
         lengths.data_ptr(),
         (out.data_ptr(), out.stride()),
-        ridges,
+        placed_ridge(ridge, (b, h, n)),
         scales,
         None if probe is None else probe.data_ptr(),
         rest[0].data_ptr() if rest else None,
