@@ -18,7 +18,7 @@ const TOKENS: usize = 128;
 /// relative residual below a quarter of [`STANDARD_TOLERANCE`].
 pub const STANDARD_OUTPUT_ERROR: f64 = 1.3e-3;
 /// The same of the gradients of queries, keys and values, for the backward's own solves. What residuals do to gradients was measured
-/// on normal queries, keys and values; where values are functions of the keys, gradients of keys err by up to four times as much.
+/// on normal queries, keys and values; where values are functions of the keys, gradients of keys err by twice as much.
 pub const STANDARD_GRADIENT_ERROR: f64 = 2.5e-3;
 /// Relative residual with [`Precision::Standard`](crate::Precision) at head dimensions up to 64, over the square root of 2 where the
 /// kernels are 128 wide: right-hand sides grow like the root of the head dimension, and the outputs' errors with them. Small ridges ask
