@@ -144,14 +144,30 @@ impl Model {
         self.head(&self.hidden(&self.embedded(tokens)?)?)
     }
 
+    /// The logits of [`Model::forward_tokens`] at the positions `at`, `u32 [A]` counted through the batch (`sequence * N +
+    /// position`; a GPU doesn't check that they are in it): `[A, vocab]`. Where few positions count, this saves most of the output
+    /// layer.
+    pub fn forward_tokens_at(&self, tokens: &Tensor, at: &Tensor) -> Result<Tensor> {
+        self.head_at(&self.hidden(&self.embedded(tokens)?)?, at)
+    }
+
+    /// The outputs of [`Model::forward_continuous`] at the positions `at`, as in [`Model::forward_tokens_at`]: `[A, output_dim]`.
+    pub fn forward_continuous_at(&self, x: &Tensor, at: &Tensor) -> Result<Tensor> {
+        self.head_at(&self.hidden(&self.projected(x)?)?, at)
+    }
+
     /// Inputs `[B, N, input_dim]` to outputs `[B, N, output_dim]`, `f32` unless activations are `f64`.
     pub fn forward_continuous(&self, x: &Tensor) -> Result<Tensor> {
+        self.head(&self.hidden(&self.projected(x)?)?)
+    }
+
+    /// The input layer of `[B, N, input_dim]`.
+    fn projected(&self, x: &Tensor) -> Result<Tensor> {
         let Input::Projection(input) = &self.input else {
             return Err(value("x", "a tensor of numbers", "tokens: the model has a vocabulary"));
         };
         crate::nn::expect_input(x, self.config.input_dim)?;
-        let x = input.forward(&x.to_dtype(self.activations)?)?;
-        self.head(&self.hidden(&self.placed(x, 0)?)?)
+        self.placed(input.forward(&x.to_dtype(self.activations)?)?, 0)
     }
 
     /// The embeddings of `u32 [B, N]`.
@@ -195,6 +211,15 @@ impl Model {
             x = block.after(x)?;
         }
         Ok(x)
+    }
+
+    fn head_at(&self, x: &Tensor, at: &Tensor) -> Result<Tensor> {
+        let rows = x.flatten_to(1)?;
+        if at.dtype() != DType::U32 || at.rank() != 1 {
+            let given = format!("{} {:?}", at.dtype().as_str(), at.dims());
+            return Err(value("at", given, "u32 with one size, the number of positions"));
+        }
+        self.head(&rows.index_select(at, 0)?)
     }
 
     fn head(&self, x: &Tensor) -> Result<Tensor> {

@@ -124,6 +124,28 @@ fn continuous_models_map_rows() {
 }
 
 #[test]
+fn outputs_at_some_positions_are_those_of_all() {
+    let at = [2u32, 7, 8];
+    let chosen = Tensor::from_slice(&at, 3, &CPU).unwrap();
+    let same = |some: Tensor, all: Tensor| {
+        let all = all.flatten_to(1).unwrap().index_select(&chosen, 0).unwrap();
+        assert_eq!(some.dims(), all.dims());
+        let apart = (some - all).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(apart < 1e-5, "{apart}");
+    };
+    let (model, _) = model(&config(MixerKind::LocalLinear), DType::F32);
+    let tokens = tokens(6);
+    same(model.forward_tokens_at(&tokens, &chosen).unwrap(), model.forward_tokens(&tokens).unwrap());
+    let wrong = model.forward_tokens_at(&tokens, &chosen.reshape((1, 3)).unwrap()).unwrap_err().to_string();
+    assert!(wrong.starts_with("at: u32 [1, 3]"), "{wrong}");
+
+    let config = ModelConfig { mlp: None, ..ModelConfig::continuous(5, 3, 16, 2) };
+    let model = Model::new(&config, seeded(&VarMap::new(), 1, DType::F32, &CPU)).unwrap();
+    let x = Tensor::randn(0f32, 1.0, (2, 9, 5), &CPU).unwrap();
+    same(model.forward_continuous_at(&x, &chosen).unwrap(), model.forward_continuous(&x).unwrap());
+}
+
+#[test]
 fn activations_can_be_narrow() {
     let config = config(MixerKind::LocalLinear);
     let (wide, parameters) = model(&config, DType::F32);
