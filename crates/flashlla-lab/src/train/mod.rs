@@ -5,6 +5,7 @@
 //! and result (to the bit on a CPU) as if it had never stopped.
 
 mod checkpoint;
+mod feed;
 mod folder;
 mod log;
 mod network;

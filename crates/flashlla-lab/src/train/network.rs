@@ -48,23 +48,26 @@ impl Network {
     /// The model's answers, `[answers, outputs]`, in 32 bits.
     fn answers(&self, batch: &Batch) -> candle_core::Result<Tensor> {
         let shape = (batch.batch, batch.length);
+        let some = batch.at.len() < shape.0 * shape.1;
+        let at = some.then(|| Tensor::from_slice(&batch.at, batch.at.len(), &self.device)).transpose()?;
         let out = match (&batch.inputs, self.interface) {
             (Inputs::Vectors(vectors), Interface::Vectors { input, .. }) => {
                 let x = Tensor::from_slice(vectors, (shape.0, shape.1, input), &self.device)?;
-                self.model.forward_continuous(&x)?
+                match &at {
+                    Some(at) => self.model.forward_continuous_at(&x, at)?,
+                    None => self.model.forward_continuous(&x)?.flatten_to(1)?,
+                }
             }
             (Inputs::Tokens(tokens), _) => {
-                self.model.forward_tokens(&Tensor::from_slice(tokens, shape, &self.device)?)?
+                let tokens = Tensor::from_slice(tokens, shape, &self.device)?;
+                match &at {
+                    Some(at) => self.model.forward_tokens_at(&tokens, at)?,
+                    None => self.model.forward_tokens(&tokens)?.flatten_to(1)?,
+                }
             }
             (Inputs::Vectors(_), _) => candle_core::bail!("a task of tokens has a batch of vectors"),
         };
-        let rows = out.flatten_to(1)?;
-        let rows = if batch.at.len() == rows.dim(0)? {
-            rows
-        } else {
-            rows.index_select(&Tensor::from_slice(&batch.at, batch.at.len(), &self.device)?, 0)?
-        };
-        rows.to_dtype(DType::F32)
+        out.to_dtype(DType::F32)
     }
 
     /// The mean loss: cross-entropy in nats, or the mean squared error per coordinate.

@@ -1,12 +1,13 @@
 //! The loop.
 
+use super::feed::with_batches;
 use super::{
     Checkpoint, Finished, Log, Network, Optimizer, Row, RunFolder, RunSpec, Status, candle, learning_rate,
 };
 use crate::Result;
 use crate::report::progress;
-use crate::tasks::{Split, Task};
-use candle_core::Device;
+use crate::tasks::{Batch, Task};
+use candle_core::{Device, Var};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -43,12 +44,32 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// Threads that make batches while a GPU trains. On a processor they would only be in the way of the training.
+    fn ahead(&self) -> usize {
+        if self.pace.device.is_cpu() { 0 } else { rayon::current_num_threads().min(4) }
+    }
+
     fn train(&self) -> Result<Finished> {
         let training = &self.spec.training;
         let all = self.network.weights();
         let mut optimizer = Optimizer::new(training, &all).map_err(candle)?;
         let start = Checkpoint::load(&self.folder.checkpoint(), &all, &mut optimizer)?;
         let start = start.unwrap_or(Checkpoint { step: 0, seconds: 0.0, pending: (0.0, 0.0) });
+        let steps = start.step..training.steps;
+        with_batches(self.task, self.spec.seed, training.batch, steps, self.ahead(), |next| {
+            self.train_on(next, &all, optimizer, start)
+        })
+    }
+
+    /// From a checkpoint to the end.
+    fn train_on(
+        &self,
+        next: &mut dyn FnMut(u64) -> Batch,
+        all: &BTreeMap<String, Var>,
+        mut optimizer: Optimizer,
+        start: Checkpoint,
+    ) -> Result<Finished> {
+        let training = &self.spec.training;
         let mut log = Log::open(&self.folder.log(), start.step)?;
         let last = self.folder.rows()?.last().map_or(0, |row| row.step);
         let (mut pending, mut count) = (start.pending, start.step - last);
@@ -60,7 +81,7 @@ impl Run<'_> {
         let mut metrics = None;
         for step in start.step..training.steps {
             let rate = learning_rate(training, step);
-            let batch = self.task.batch_at(self.spec.seed, Split::Training, step, training.batch);
+            let batch = next(step);
             let loss = self.network.loss(&batch)?;
             let gradients = loss.backward().map_err(candle)?;
             let norm = optimizer.step(&gradients, rate).map_err(candle)?;
@@ -92,7 +113,7 @@ impl Run<'_> {
             if !end && saved.elapsed() >= self.pace.checkpoint_every {
                 log.sync()?;
                 let checkpoint = Checkpoint { step: made, seconds: seconds(), pending };
-                checkpoint.save(&self.folder.checkpoint(), &all, &optimizer)?;
+                checkpoint.save(&self.folder.checkpoint(), all, &optimizer)?;
                 saved = Instant::now();
             }
             progress::trained(&bar, loss, batch.batch * batch.length);
