@@ -149,7 +149,10 @@ pub mod backward_solve {
         let x_delta: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(tx, delta);
         let x_x: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(tx, tx);
         let d_d: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(delta, delta);
-        let known: Tile<bool, { [BM, 1] }> = gt_tile(x_delta, least);
+        // Where both are rounding alone, the angle between them says nothing; that of a solution is never so near to a right one.
+        let cosine2: Tile<f32, { [BM, 1] }> = constant(1.0e-8f32, const_shape![BM, 1]);
+        let known: Tile<bool, { [BM, 1] }> =
+            gt_tile(x_delta, least) & gt_tile(x_delta * x_delta, cosine2 * x_x * d_d);
         let usual: Tile<f32, { [BM, 1] }> =
             select(known, quotient::<{ [BM, 1] }>(x_x, max_tile(x_delta, least)), zero);
         let rr: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(cov, cov);
@@ -180,12 +183,12 @@ pub mod backward_solve {
         let longer: Tile<f32, { [BM, 1] }> = constant(1.8f32, const_shape![BM, 1]);
         let longer: Tile<f32, { [BM, 1] }> =
             quotient::<{ [BM, 1] }>(longer * spread, max_tile(one - lam * usual, small));
-        let step: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(usual, one + longer);
+        let step: Tile<f32, { [BM, 1] }> = select(known, quotient::<{ [BM, 1] }>(usual, one + longer), zero);
         let by_output: bool = error2 > 0.0f32;
         let mut allowed: Tile<f32, { [BM, 1] }> = rr * broadcast_scalar(tolerance2, const_shape![BM, 1]);
         let two: Tile<f32, { [BM, 1] }> = constant(2.0f32, const_shape![BM, 1]);
         let mut part: Tile<f32, { [BM, 1] }> = two;
-        let mut free: Tile<f32, { [BM, 1] }> = zero;
+        let mut free: Tile<f32, { [BM, 1] }> = zero - step;
         if by_output {
             // What a residual does to the gradients was measured: 0.22 of its length, over the square of the ridge's share of A, or,
             // for the first step, which dq improves by another, 3 times the square of its length.
@@ -208,70 +211,79 @@ pub mod backward_solve {
         if (options & 16i32) != 0i32 {
             store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
         }
-        let mut record: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
-        record = put::<BM>(record, 0i32, sc_true);
-        record = put::<BM>(record, 1i32, shift);
-        record = put::<BM>(record, 2i32, rr * min_tile(spread, one));
-        record = put::<BM>(record, 3i32, allowed);
         let along: Tile<f32, { [BM, 1] }> =
             quotient::<{ [BM, 1] }>(row_dot::<BM, D>(qf, tx) * qun, max_tile(x_x, least));
-        record = put::<BM>(record, 6i32, along);
-        record = put::<BM>(record, 7i32, lam);
-        record = put::<BM>(record, 8i32, rr);
-        record = put::<BM>(record, 9i32, rr);
-        record = put::<BM>(record, 10i32, step);
-        record = put::<BM>(record, 11i32, free);
         if (options & 16i32) != 0i32 {
             worst = 0.0f32;
         }
-        let (first_record, first_hi, first_lo): (
-            Tile<f32, { [BM, 16] }>,
+        let (first_unit, first_hi, first_lo): (
+            Tile<f32, { [BM, 1] }>,
             Tile<f16, { [BM, D] }>,
             Tile<f16, { [BM, D] }>,
-        ) = direction::<BM, D, HIGH>(record, cov, kbar, ku);
-        record = first_record;
+        ) = direction::<BM, D, HIGH>(cov);
+        let mut record: Tile<f32, { [BM, 8] }> =
+            new_record::<BM>(rr, rr * min_tile(spread, one), free, first_unit, zero);
         let mut d_hi: Tile<f16, { [BM, D] }> = first_hi;
         let mut d_lo: Tile<f16, { [BM, D] }> = first_lo;
         let mut r: Tile<f32, { [BM, D] }> = cov;
         let mut solution: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        let mut it: i32 = 0i32;
-        while (it < max_iterations) && (worst > 1.0f32) {
-            let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
-                record, tq, d_hi, d_lo, &kp, kv0, begin, end, full0, full1, row_lo, row_hi, skip, bias,
-                bias_at, m,
-            );
-            let (next_record, next_hi, next_lo, next_r, next_solution): (
-                Tile<f32, { [BM, 16] }>,
-                Tile<f16, { [BM, D] }>,
-                Tile<f16, { [BM, D] }>,
-                Tile<f32, { [BM, D] }>,
-                Tile<f32, { [BM, D] }>,
-            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, solution, kbar, by_output, ku);
-            record = next_record;
-            d_hi = next_hi;
-            d_lo = next_lo;
-            r = next_r;
-            solution = next_solution;
-            worst = together::<BM>(pick::<BM>(record, 4i32));
-            it = it + 1i32;
+        // See `state` for why this is no `while`.
+        for round in 0i32..ceil_div(max_iterations, 4i32) {
+            let mut passes: i32 = 0i32;
+            if worst > 1.0f32 {
+                passes = min(max_iterations - round * 4i32, 4i32);
+            }
+            for _pass in 0i32..passes {
+                let mut stop: i32 = begin;
+                let mut of_mean: Tile<f32, { [BM, 1] }> = zero;
+                if worst > 1.0f32 {
+                    stop = end;
+                    let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
+                    of_mean = with_mean_key::<BM, D, HIGH>(d_hi, d_lo, kbar, ku);
+                }
+                let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
+                    sc_true, shift, of_mean, tq, d_hi, d_lo, &kp, kv0, begin, stop, full0, full1, row_lo,
+                    row_hi, skip, bias, bias_at, m,
+                );
+                if worst > 1.0f32 {
+                    let (next_record, next_hi, next_lo, next_r, next_solution, next_worst): (
+                        Tile<f32, { [BM, 8] }>,
+                        Tile<f16, { [BM, D] }>,
+                        Tile<f16, { [BM, D] }>,
+                        Tile<f32, { [BM, D] }>,
+                        Tile<f32, { [BM, D] }>,
+                        f32,
+                    ) = advance::<BM, D, HIGH>(
+                        record, acc, d_hi, d_lo, r, solution, lam, allowed, by_output, ku,
+                    );
+                    record = next_record;
+                    d_hi = next_hi;
+                    d_lo = next_lo;
+                    r = next_r;
+                    solution = next_solution;
+                    worst = next_worst;
+                }
+            }
         }
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
+        let free: Tile<f32, { [BM, 1] }> = max_tile(pick::<BM>(record, 2i32), zero);
         if (options & 16i32) == 0i32 {
-            let free: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 11i32) * pick::<BM>(record, 12i32);
-            solution = add_scaled::<BM, D>(solution, free, d);
+            let whole: Tile<f32, { [BM, D] }> =
+                add_scaled::<BM, D>(solution, free * pick::<BM>(record, 3i32), d);
+            solution = if_sound::<BM, D>(whole, record, rr);
         }
         store_packed::<f32, BM, D>(y, grid.0 * np, tile, solution);
         let tx: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
         let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
+        let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
         let y_q: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, solution) * qun;
         let y_delta: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(kbar, solution) - y_q;
         let y_x: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(tx, solution);
-        let lam: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 7i32);
         // A first step alone, y = s c, is not close enough for dq, which gets y + s (c - A y) = (2 - s ridge) y - s C y. The last term
         // needs the keys. What it adds to dq.q is no part of dscale: q.C y, where x.C y = (delta - ridge x).y is known and C acts on the
         // rest of q nearly as on y.
-        let alone: Tile<bool, { [BM, 1] }> = le_tile(pick::<BM>(record, 15i32), zero);
-        let beyond: Tile<f32, { [BM, 1] }> = select(alone, pick::<BM>(record, 11i32), zero);
+        let alone: Tile<bool, { [BM, 1] }> = le_tile(pick::<BM>(record, 4i32), zero);
+        let beyond: Tile<f32, { [BM, 1] }> = select(alone, free, zero);
         // At great ridges y is right without, and what is left of these sums is rounding.
         let great: Tile<f32, { [BM, 1] }> = constant(0.95f32, const_shape![BM, 1]);
         // dridge needs none, as x.A is delta.
@@ -283,7 +295,6 @@ pub mod backward_solve {
         let goes: Tile<bool, { [BM, 1] }> = gt_tile(beyond, zero) & le_tile(beyond * lam, great);
         let beyond: Tile<f32, { [BM, 1] }> = select(goes, beyond, zero);
         let share: Tile<f32, { [BM, 1] }> = select(goes, two - beyond * lam, one);
-        let along: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 6i32);
         let logits: Tile<f32, { [BM, 1] }> =
             beyond * along * (y_delta - lam * y_x) + (one - beyond * lam) * (y_q - along * y_x);
         let logits: Tile<f32, { [BM, 1] }> = select(goes, logits, zero);
@@ -306,7 +317,7 @@ pub mod backward_solve {
             store_number(amax, wide((grid.0 + bh) * blocks + grid.1), 0.0f32);
         }
         if diagnostics != 0i32 {
-            store_diagnostics::<BM>(record, iterations, relative, wide(bh) * wide(n) + wide(first), rows);
+            store_diagnostics::<BM>(record, rr, iterations, relative, wide(bh) * wide(n) + wide(first), rows);
         }
     }
 }

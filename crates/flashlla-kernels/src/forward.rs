@@ -239,7 +239,7 @@ pub mod forward {
         let least_part: Tile<f32, { [BM, 1] }> = constant(0.3f32, const_shape![BM, 1]);
         let curvature: Tile<f32, { [BM, 1] }> = max_tile(theta * rr + beta * r_aq, theta * rr * least_part);
         let step: Tile<f32, { [BM, 1] }> =
-            select(seeded & gt_tile(rr, zero), quotient::<{ [BM, 1] }>(rr, curvature), zero);
+            select(seeded & gt_tile(rr, least), quotient::<{ [BM, 1] }>(rr, curvature), zero);
         // Squared spread of A about theta, relative; twice that bounds what the next step leaves of the residual, roughly.
         let spread: Tile<f32, { [BM, 1] }> =
             quotient::<{ [BM, 1] }>(aq_aq, max_tile(theta * q_aq, least)) - one;
@@ -271,94 +271,112 @@ pub mod forward {
             select(seeded.broadcast(const_shape![BM, D]), r, add_scaled::<BM, D>(kbar, zero - one, qf));
         let rr: Tile<f32, { [BM, 1] }> = select(seeded, rr, dd);
         let start: Tile<f32, { [BM, 1] }> = select(seeded, alpha, zero);
-        let free: Tile<f32, { [BM, 1] }> = select(gains, step, zero);
-        let energy: Tile<f32, { [BM, 1] }> = max_tile(start * q_d, zero) + step * rr;
         let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(left, allowed, by_output);
         let mut worst: f32 = together::<BM>(select(gt_tile(dd, zero), part, zero));
         if (options & 16i32) != 0i32 {
             worst = 0.0f32;
         }
-        let mut record: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
-        record = put::<BM>(record, 0i32, sc_true);
-        record = put::<BM>(record, 1i32, shift);
-        record = put::<BM>(record, 2i32, min_tile(ahead, rr));
-        record = put::<BM>(record, 3i32, allowed);
-        record = put::<BM>(record, 7i32, lam);
-        record = put::<BM>(record, 8i32, select(more, rr, zero));
-        record = put::<BM>(record, 9i32, dd);
-        record = put::<BM>(record, 10i32, step);
-        record = put::<BM>(record, 11i32, free);
-        record = put::<BM>(record, 14i32, energy);
         let d: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, beta, qf);
         // Wanted or not: a condition here, or this store behind the loop, and the compiler finds no registers for the passes.
-        store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
-        let (first_record, first_hi, first_lo): (
-            Tile<f32, { [BM, 16] }>,
+        let stored: Token = store_packed_first::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
+        let (first_unit, first_hi, first_lo): (
+            Tile<f32, { [BM, 1] }>,
             Tile<f16, { [BM, D] }>,
             Tile<f16, { [BM, D] }>,
-        ) = direction::<BM, D, HIGH>(record, d, kbar, ku);
-        record = first_record;
+        ) = direction::<BM, D, HIGH>(d);
+        let mut record: Tile<f32, { [BM, 8] }> = new_record::<BM>(
+            select(more, rr, zero),
+            min_tile(ahead, rr),
+            select(gains, step, zero - step),
+            first_unit,
+            zero,
+        );
         let mut d_hi: Tile<f16, { [BM, D] }> = first_hi;
         let mut d_lo: Tile<f16, { [BM, D] }> = first_lo;
         let mut r: Tile<f32, { [BM, D] }> = r;
         let mut probe: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
-        let mut it: i32 = 0i32;
-        while (it < max_iterations) && (worst > 1.0f32) {
-            let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
-                record, tq, d_hi, d_lo, &kp, kv0, begin, end, full0, full1, row_lo, row_hi, skip, bias,
-                bias_at, m,
-            );
-            let (next_record, next_hi, next_lo, next_r, next_probe): (
-                Tile<f32, { [BM, 16] }>,
-                Tile<f16, { [BM, D] }>,
-                Tile<f16, { [BM, D] }>,
-                Tile<f32, { [BM, D] }>,
-                Tile<f32, { [BM, D] }>,
-            ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, probe, kbar, by_output, ku);
-            record = next_record;
-            d_hi = next_hi;
-            d_lo = next_lo;
-            r = next_r;
-            probe = next_probe;
-            worst = together::<BM>(pick::<BM>(record, 4i32));
-            it = it + 1i32;
+        // See `state` for why this is no `while`.
+        for round in 0i32..ceil_div(max_iterations, 4i32) {
+            let mut passes: i32 = 0i32;
+            if worst > 1.0f32 {
+                passes = min(max_iterations - round * 4i32, 4i32);
+            }
+            for _pass in 0i32..passes {
+                let mut stop: i32 = begin;
+                let mut along: Tile<f32, { [BM, 1] }> = zero;
+                if worst > 1.0f32 {
+                    stop = end;
+                    let kbar: Tile<f32, { [BM, D] }> =
+                        load_packed_after::<f32, BM, D>(key_mean, grid.0 * np, tile, stored);
+                    along = with_mean_key::<BM, D, HIGH>(d_hi, d_lo, kbar, ku);
+                }
+                let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
+                    sc_true, shift, along, tq, d_hi, d_lo, &kp, kv0, begin, stop, full0, full1, row_lo,
+                    row_hi, skip, bias, bias_at, m,
+                );
+                if worst > 1.0f32 {
+                    let (next_record, next_hi, next_lo, next_r, next_probe, next_worst): (
+                        Tile<f32, { [BM, 8] }>,
+                        Tile<f16, { [BM, D] }>,
+                        Tile<f16, { [BM, D] }>,
+                        Tile<f32, { [BM, D] }>,
+                        Tile<f32, { [BM, D] }>,
+                        f32,
+                    ) = advance::<BM, D, HIGH>(
+                        record, acc, d_hi, d_lo, r, probe, lam, allowed, by_output, ku,
+                    );
+                    record = next_record;
+                    d_hi = next_hi;
+                    d_lo = next_lo;
+                    r = next_r;
+                    probe = next_probe;
+                    worst = next_worst;
+                }
+            }
         }
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
-        probe = add_scaled::<BM, D>(probe, pick::<BM>(record, 11i32) * pick::<BM>(record, 12i32), d);
-        let energy: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 14i32);
-        let shift: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 1i32);
-        let sc_true: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 0i32);
-        let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
-        if BIAS == 1i32 {
-            sc = one;
-        }
+        let free: Tile<f32, { [BM, 1] }> =
+            max_tile(pick::<BM>(record, 2i32), zero) * pick::<BM>(record, 3i32);
+        // Without a probe the output is softmax's.
+        probe = if_sound::<BM, D>(add_scaled::<BM, D>(probe, free, d), record, dd);
         let two: Tile<f32, { [BM, 1] }> = constant(2.0f32, const_shape![BM, 1]);
-        // p |alpha| <= sqrt(sum p alpha^2) <= sqrt(delta.x)
-        let mut reach: Tile<f32, { [BM, 1] }> = two * sqrt(energy, rounding::NearestEven, ftz::Disabled);
         if (options & 16i32) != 0i32 {
             probe = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
-            // |alpha| <= |x| |k - kbar|, and keys have norm at most 2 sqrt(D) units.
-            let most: Tile<f32, { [BM, 1] }> = constant(64.0f32, const_shape![BM, 1]);
-            reach = sqrt(row_dot::<BM, D>(probe, probe), rounding::NearestEven, ftz::Disabled) * kun * most;
         } else {
             if save_probe != 0i32 {
                 store_packed::<f32, BM, D>(x, grid.0 * np, tile, probe);
             }
         }
         if diagnostics != 0i32 {
-            store_diagnostics::<BM>(record, iterations, relative, wide(bh) * wide(n) + wide(first), rows);
+            store_diagnostics::<BM>(record, dd, iterations, relative, wide(bh) * wide(n) + wide(first), rows);
         }
 
+        // The weights p a must sum to 1 with the probe that is used, not with the exact one: where the mean key is large, the
+        // difference is too.
+        let (xu, x_hi, x_lo): (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(probe);
+        let kbar: Tile<f32, { [BM, D] }> =
+            load_packed_after::<f32, BM, D>(key_mean, grid.0 * np, tile, stored);
+        // p |alpha| <= sqrt(sum p alpha^2) <= sqrt(1 + delta.x)
+        let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
+        let x_delta: Tile<f32, { [BM, 1] }> =
+            row_dot::<BM, D>(kbar, probe) - row_dot::<BM, D>(qf, probe) * qu;
+        let mut reach: Tile<f32, { [BM, 1] }> =
+            two * sqrt(max_tile(x_delta, zero), rounding::NearestEven, ftz::Disabled);
+        if (options & 16i32) != 0i32 {
+            // |alpha| <= |x| |k - kbar|; keys have norm at most 2 sqrt(D) units, and x at most 2, or 32 where there are two terms.
+            let mut most: f32 = 128.0f32;
+            if HIGH == 1i32 {
+                most = 2048.0f32;
+            }
+            let most: Tile<f32, { [BM, 1] }> = broadcast_scalar(most, const_shape![BM, 1]);
+            reach = xu * kun * most;
+        }
         let room: Tile<f32, { [BM, 1] }> = constant(32768.0f32, const_shape![BM, 1]);
         let top: Tile<f32, { [BM, 1] }> = constant(1024.0f32, const_shape![BM, 1]);
         let boost: Tile<f32, { [BM, 1] }> =
             min_tile(pow2_floor::<{ [BM, 1] }>(quotient::<{ [BM, 1] }>(room, one + reach)), top);
-        // The weights p a must sum to 1 with the probe that is used, not with the exact one: where the mean key is large, the
-        // difference is too.
-        let (record, x_hi, x_lo): (Tile<f32, { [BM, 16] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
-            direction::<BM, D, HIGH>(record, probe, kbar, ku);
-        let xu: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 12i32);
-        let xk: Tile<f32, { [BM, 1] }> = one + pick::<BM>(record, 13i32) * xu * kun;
+        let xk: Tile<f32, { [BM, 1] }> = one + with_mean_key::<BM, D, HIGH>(x_hi, x_lo, kbar, ku) * xu * kun;
         let xt: Tile<f32, { [BM, 1] }> = zero - xu * kun;
         let sh: Tile<f32, { [BM, 1] }> = shift + log2(boost);
         let undo: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(one, boost);

@@ -1,10 +1,12 @@
 //! Conjugate gradients of a block of queries. Vectors stay in registers between the passes over the keys; numbers per query are in one tile.
 //!
-//! A record, f32 `[BM, 16]`, holds per query: 0 logit scale (base 2), 1 -lse (base 2; 0 if no key is seen), 2 |r|^2 that counts as
-//! reached, 3 |r|^2 that may be left, 4 its part of what is left (see `unfinished`), 7 ridge, 8 |r|^2 (0 once nothing is to be gained),
-//! 9 |delta|^2, 10 last step length (0: none), 11 length of the free step that ends the solve, 12 unit of the direction, 13
-//! direction.kbar in products' units, 14 bound of delta.x, 15 passes. Apart, each number would be moved between layouts through
-//! shared memory by itself.
+//! A record, f32 `[BM, 8]`, holds the numbers per query that change from pass to pass: 0 |r|^2 (0 once nothing is to be gained), 1
+//! |r|^2 that counts as reached, 2 last step length, negative if the free step that ends the solve would not gain, 3 unit of the
+//! direction, 4 passes. One tile takes fewer registers than five.
+//!
+//! The loops over passes are counted (`for`), with what ends them early inside: what a loop with a condition (`while`) carries, the
+//! compiler keeps in another layout than products have, and moves all of it through shared memory, with some sixty barriers, before
+//! and after each pass. Rounds of four passes keep the turns few that find nothing left to do.
 
 #[cutile::module]
 pub mod state {
@@ -12,26 +14,26 @@ pub mod state {
     use cutile::core::*;
 
     /// Which elements of a record are number `which`.
-    pub fn at_number<const BM: i32>(which: i32) -> Tile<bool, { [BM, 16] }> {
-        let column: Tile<i32, { [16] }> = iota(const_shape![16]);
-        let wanted: Tile<bool, { [16] }> = eq_tile(column, broadcast_scalar(which, const_shape![16]));
-        wanted.reshape(const_shape![1, 16]).broadcast(const_shape![BM, 16])
+    pub fn at_number<const BM: i32>(which: i32) -> Tile<bool, { [BM, 8] }> {
+        let column: Tile<i32, { [8] }> = iota(const_shape![8]);
+        let wanted: Tile<bool, { [8] }> = eq_tile(column, broadcast_scalar(which, const_shape![8]));
+        wanted.reshape(const_shape![1, 8]).broadcast(const_shape![BM, 8])
     }
 
     /// Number `which` of every query.
-    pub fn pick<const BM: i32>(record: Tile<f32, { [BM, 16] }>, which: i32) -> Tile<f32, { [BM, 1] }> {
-        let zero: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
+    pub fn pick<const BM: i32>(record: Tile<f32, { [BM, 8] }>, which: i32) -> Tile<f32, { [BM, 1] }> {
+        let zero: Tile<f32, { [BM, 8] }> = constant(0.0f32, const_shape![BM, 8]);
         let sum: Tile<f32, { [BM] }> = reduce_sum(select(at_number::<BM>(which), record, zero), 1i32);
         sum.reshape(const_shape![BM, 1])
     }
 
     /// The record with another number `which`.
     pub fn put<const BM: i32>(
-        record: Tile<f32, { [BM, 16] }>,
+        record: Tile<f32, { [BM, 8] }>,
         which: i32,
         value: Tile<f32, { [BM, 1] }>,
-    ) -> Tile<f32, { [BM, 16] }> {
-        select(at_number::<BM>(which), value.broadcast(const_shape![BM, 16]), record)
+    ) -> Tile<f32, { [BM, 8] }> {
+        select(at_number::<BM>(which), value.broadcast(const_shape![BM, 8]), record)
     }
 
     /// Whether a row is one of the first `rows`.
@@ -87,14 +89,10 @@ pub mod state {
         sum
     }
 
-    /// A direction in fp16 as the products take it, and what that rounding left, with the record that has its unit and its product
-    /// with the mean key.
+    /// A direction in fp16 as the products take it: its unit, and what is left of it in one term or two.
     pub fn direction<const BM: i32, const D: i32, const HIGH: i32>(
-        record: Tile<f32, { [BM, 16] }>,
         d: Tile<f32, { [BM, D] }>,
-        kbar: Tile<f32, { [BM, D] }>,
-        ku: f32,
-    ) -> (Tile<f32, { [BM, 16] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) {
+    ) -> (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) {
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
         let norm: Tile<f32, { [BM, 1] }> = sqrt(row_dot::<BM, D>(d, d), rounding::NearestEven, ftz::Disabled);
         let mut unit: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(norm);
@@ -105,14 +103,21 @@ pub mod state {
         let scaled: Tile<f32, { [BM, D] }> = d * across::<BM, D>(quotient::<{ [BM, 1] }>(one, unit));
         let hi: Tile<f16, { [BM, D] }> = convert_tile(scaled);
         let mut lo: Tile<f16, { [BM, D] }> = hi;
-        let mut used: Tile<f32, { [BM, D] }> = convert_tile(hi);
         if HIGH == 1i32 {
             lo = low_part::<BM, D>(scaled, hi);
-            used = scaled;
         }
+        (unit, hi, lo)
+    }
+
+    /// The product of such a direction, in its unit, with the mean key in the keys' unit: of what the products with keys use of it.
+    pub fn with_mean_key<const BM: i32, const D: i32, const HIGH: i32>(
+        hi: Tile<f16, { [BM, D] }>,
+        lo: Tile<f16, { [BM, D] }>,
+        kbar: Tile<f32, { [BM, D] }>,
+        ku: f32,
+    ) -> Tile<f32, { [BM, 1] }> {
         let inverse_ku: Tile<f32, { [BM, 1] }> = broadcast_scalar(1.0f32 / ku, const_shape![BM, 1]);
-        let along: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(used, kbar) * inverse_ku;
-        (put::<BM>(put::<BM>(record, 12i32, unit), 13i32, along), hi, lo)
+        row_dot::<BM, D>(direction_in_unit::<BM, D, HIGH>(hi, lo), kbar) * inverse_ku
     }
 
     /// That direction in f32, in its unit.
@@ -130,7 +135,9 @@ pub mod state {
 
     /// The pass over the keys: `sum p ((k - kbar).d) k`, raised by 2^10 (2^6 where there are two terms), in units.
     pub unsafe fn pass<const BM: i32, const BN: i32, const D: i32, const HIGH: i32, const BIAS: i32>(
-        record: Tile<f32, { [BM, 16] }>,
+        sc_true: Tile<f32, { [BM, 1] }>,
+        shift: Tile<f32, { [BM, 1] }>,
+        along: Tile<f32, { [BM, 1] }>,
         tq: Tile<f16, { [BM, D] }>,
         d_hi: Tile<f16, { [BM, D] }>,
         d_lo: Tile<f16, { [BM, D] }>,
@@ -151,17 +158,21 @@ pub mod state {
         if HIGH == 1i32 {
             lift = constant(6.0f32, const_shape![BM, 1]);
         }
-        let sh: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 1i32) + lift;
-        let sc_true: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 0i32);
+        let sh: Tile<f32, { [BM, 1] }> = shift + lift;
         let mut sc: Tile<f32, { [BM, 1] }> = sc_true;
         if BIAS == 1i32 {
             sc = constant(1.0f32, const_shape![BM, 1]);
         }
         let never: Tile<f32, { [BM, BN] }> = constant(f32::NEG_INFINITY, const_shape![BM, BN]);
-        let dk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(pick::<BM>(record, 13i32));
+        let dk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(along);
         let mut acc: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         for j in begin..end {
-            let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
+            // Where registers are short, the default pipelines the loop so that its products wait for each other.
+            let kt: Tile<f16, { [BN, D] }> = if (D == 128i32) || (HIGH == 1i32) {
+                kp.load_pipelined::<1>([kv0 + j, 0i32])
+            } else {
+                kp.load([kv0 + j, 0i32])
+            };
             let mut s: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
             let t: Tile<f32, { [BM, BN] }> = scores2::<BM, BN, D, HIGH>(d_hi, d_lo, kt);
             if BIAS == 1i32 {
@@ -182,21 +193,23 @@ pub mod state {
     /// The last step, along the next direction and of this step's length, needs no pass ("free"). Its residual is |r|^2 times what
     /// this step left of it, plus what the change of the length says.
     pub fn advance<const BM: i32, const D: i32, const HIGH: i32>(
-        record: Tile<f32, { [BM, 16] }>,
+        record: Tile<f32, { [BM, 8] }>,
         acc: Tile<f32, { [BM, D] }>,
         d_hi: Tile<f16, { [BM, D] }>,
         d_lo: Tile<f16, { [BM, D] }>,
         r: Tile<f32, { [BM, D] }>,
         x: Tile<f32, { [BM, D] }>,
-        kbar: Tile<f32, { [BM, D] }>,
+        lam: Tile<f32, { [BM, 1] }>,
+        allowed: Tile<f32, { [BM, 1] }>,
         shared: bool,
         ku: f32,
     ) -> (
-        Tile<f32, { [BM, 16] }>,
+        Tile<f32, { [BM, 8] }>,
         Tile<f16, { [BM, D] }>,
         Tile<f16, { [BM, D] }>,
         Tile<f32, { [BM, D] }>,
         Tile<f32, { [BM, D] }>,
+        f32,
     ) {
         let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
@@ -205,58 +218,82 @@ pub mod state {
         if HIGH == 1i32 {
             lowered = 0.015625f32;
         }
-        let ds: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 12i32);
-        let rr: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 8i32);
-        let allowed: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 3i32);
+        let rr: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 0i32);
+        let last: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 2i32);
+        let ds: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 3i32);
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo) * across::<BM, D>(ds);
         let coef: Tile<f32, { [BM, 1] }> = ds * broadcast_scalar(ku * ku * lowered, const_shape![BM, 1]);
-        let ad: Tile<f32, { [BM, D] }> =
-            add_scaled::<BM, D>(acc * across::<BM, D>(coef), pick::<BM>(record, 7i32), d);
+        let ad: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), lam, d);
         let dad: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(d, ad);
         let good: Tile<bool, { [BM, 1] }> = gt_tile(rr, zero) & gt_tile(dad, zero);
         let a: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rr, dad), zero);
         let r: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, zero - a, ad);
         let rn: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(r, r);
         let be: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rn, rr), zero);
-        let ahead: Tile<f32, { [BM, 1] }> = rn * (be + step_change::<BM>(a, pick::<BM>(record, 10i32)));
+        let ahead: Tile<f32, { [BM, 1] }> = rn * (be + step_change::<BM>(a, absf(last)));
         let gains: Tile<bool, { [BM, 1] }> = le_tile(ahead, rn);
         let more: Tile<bool, { [BM, 1] }> = good & gt_tile(ahead, allowed * tiny);
         let x: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(x, a, d);
         // A row that has nothing more to gain stays as it is: solution, residual and direction no longer change.
         let good_d: Tile<bool, { [BM, D] }> = good.broadcast(const_shape![BM, D]);
         let next: Tile<f32, { [BM, D] }> = select(good_d, add_scaled::<BM, D>(r, be, d), d);
-        let reached: Tile<f32, { [BM, 1] }> = select(good, min_tile(ahead, rn), pick::<BM>(record, 2i32));
-        let free: Tile<f32, { [BM, 1] }> = select(good, select(gains, a, zero), pick::<BM>(record, 11i32));
-        let energy: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 14i32) + a * rr;
-        let passes: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 15i32) + select(good, one, zero);
-        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 2i32, reached);
+        let reached: Tile<f32, { [BM, 1] }> = select(good, min_tile(ahead, rn), pick::<BM>(record, 1i32));
+        let step: Tile<f32, { [BM, 1] }> = select(good, select(gains, a, zero - a), last);
+        let passes: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 4i32) + select(good, one, zero);
         let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(ahead, allowed, shared);
-        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 4i32, select(good, part, zero));
-        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 8i32, select(more, rn, zero));
-        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 10i32, a);
-        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 11i32, free);
-        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 14i32, energy);
-        let record: Tile<f32, { [BM, 16] }> = put::<BM>(record, 15i32, passes);
-        let (record, hi, lo): (Tile<f32, { [BM, 16] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
-            direction::<BM, D, HIGH>(record, next, kbar, ku);
-        (record, hi, lo, r, x)
+        let worst: f32 = together::<BM>(select(good, part, zero));
+        let (unit, hi, lo): (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(next);
+        let record: Tile<f32, { [BM, 8] }> =
+            new_record::<BM>(select(more, rn, zero), reached, step, unit, passes);
+        (record, hi, lo, r, x, worst)
+    }
+
+    /// The numbers of every query that change from pass to pass.
+    pub fn new_record<const BM: i32>(
+        rr: Tile<f32, { [BM, 1] }>,
+        reached: Tile<f32, { [BM, 1] }>,
+        step: Tile<f32, { [BM, 1] }>,
+        unit: Tile<f32, { [BM, 1] }>,
+        passes: Tile<f32, { [BM, 1] }>,
+    ) -> Tile<f32, { [BM, 8] }> {
+        let record: Tile<f32, { [BM, 8] }> = constant(0.0f32, const_shape![BM, 8]);
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 0i32, rr);
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 1i32, reached);
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 2i32, step);
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 3i32, unit);
+        put::<BM>(record, 4i32, passes)
+    }
+
+    /// What a solve found, and nothing where it went wrong: where it ended ten times as far from its equation as it began, or with
+    /// no number. (Residuals of a solve that goes well may rise above where they began on their way.)
+    pub fn if_sound<const BM: i32, const D: i32>(
+        found: Tile<f32, { [BM, D] }>,
+        record: Tile<f32, { [BM, 8] }>,
+        initial: Tile<f32, { [BM, 1] }>, // |r|^2 of no solution
+    ) -> Tile<f32, { [BM, D] }> {
+        let nothing: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let hundred: Tile<f32, { [BM, 1] }> = constant(100.0f32, const_shape![BM, 1]);
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        // What began with nothing to solve keeps what it has: no numbers, if its query is none.
+        let sound: Tile<bool, { [BM, 1] }> =
+            le_tile(pick::<BM>(record, 1i32), initial * hundred) | le_tile(initial, zero);
+        select(sound.broadcast(const_shape![BM, D]), found, nothing)
     }
 
     /// Passes and relative residual of every query.
     pub unsafe fn store_diagnostics<const BM: i32>(
-        record: Tile<f32, { [BM, 16] }>,
+        record: Tile<f32, { [BM, 8] }>,
+        initial: Tile<f32, { [BM, 1] }>, // |r|^2 of no solution
         iterations: *mut i32,
         relative: *mut f32,
         at: i64,
         rows: i32,
     ) {
         let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
-        let left: Tile<f32, { [BM, 1] }> = sqrt(
-            pick::<BM>(record, 2i32) / max_tile(pick::<BM>(record, 9i32), least),
-            rounding::NearestEven,
-            ftz::Disabled,
-        );
-        let count: Tile<i32, { [BM, 1] }> = convert_tile(pick::<BM>(record, 15i32));
+        let left: Tile<f32, { [BM, 1] }> =
+            sqrt(pick::<BM>(record, 1i32) / max_tile(initial, least), rounding::NearestEven, ftz::Disabled);
+        let count: Tile<i32, { [BM, 1] }> = convert_tile(pick::<BM>(record, 4i32));
         store_column::<i32, BM>(slice::<i32>(iterations, at), rows, count.reshape(const_shape![BM]));
         store_column::<f32, BM>(slice::<f32>(relative, at), rows, left.reshape(const_shape![BM]));
     }

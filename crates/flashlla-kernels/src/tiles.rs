@@ -171,6 +171,52 @@ pub mod tiles {
         store_inside::<E, R, D>(&part, index, value);
     }
 
+    /// The same, and what a load of that tile by this tile block has to wait for.
+    pub unsafe fn store_packed_first<E: ElementType, const R: i32, const D: i32>(
+        ptr: *mut E,
+        rows: i32,
+        index: i32,
+        value: Tile<E, { [R, D] }>,
+    ) -> Token {
+        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
+        let part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
+        let stored: Token = store_view_raw(
+            &part,
+            value,
+            [index, 0i32],
+            Some(new_token_unordered()),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+        );
+        stored
+    }
+
+    /// `load_packed` of what this tile block has stored.
+    pub unsafe fn load_packed_after<E: ElementType, const R: i32, const D: i32>(
+        ptr: *mut E,
+        rows: i32,
+        index: i32,
+        stored: Token,
+    ) -> Tile<E, { [R, D] }> {
+        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
+        let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
+        let (tile, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
+            &part,
+            [index, 0i32],
+            Some(stored),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+            const_shape![R, D],
+        );
+        tile
+    }
+
     /// Tile `index` of such an array, where one tile is all that a tile block reads of it: a bulk copy would first have to build
     /// a descriptor of the array, which takes longer than the copy.
     pub unsafe fn load_packed<E: ElementType, const R: i32, const D: i32>(
