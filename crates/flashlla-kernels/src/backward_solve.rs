@@ -221,51 +221,43 @@ pub mod backward_solve {
             Tile<f16, { [BM, D] }>,
             Tile<f16, { [BM, D] }>,
         ) = direction::<BM, D, HIGH>(cov);
-        let mut record: Tile<f32, { [BM, 8] }> =
+        let record: Tile<f32, { [BM, 8] }> =
             new_record::<BM>(rr, rr * min_tile(spread, one), free, first_unit, zero);
-        let mut d_hi: Tile<f16, { [BM, D] }> = first_hi;
-        let mut d_lo: Tile<f16, { [BM, D] }> = first_lo;
-        let mut r: Tile<f32, { [BM, D] }> = cov;
-        let mut solution: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        // See `state` for why this is no `while`.
-        for round in 0i32..ceil_div(max_iterations, 4i32) {
-            let mut passes: i32 = 0i32;
-            if worst > 1.0f32 {
-                passes = min(max_iterations - round * 4i32, 4i32);
-            }
-            for _pass in 0i32..passes {
-                let mut stop: i32 = begin;
-                let mut of_mean: Tile<f32, { [BM, 1] }> = zero;
-                if worst > 1.0f32 {
-                    stop = end;
-                    let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
-                    of_mean = with_mean_key::<BM, D, HIGH>(d_hi, d_lo, kbar, ku);
-                }
-                let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
-                    sc_true, shift, of_mean, tq, d_hi, d_lo, &kp, kv0, begin, stop, full0, full1, row_lo,
-                    row_hi, skip, bias, bias_at, m,
-                );
-                if worst > 1.0f32 {
-                    let (next_record, next_hi, next_lo, next_r, next_solution, next_worst): (
-                        Tile<f32, { [BM, 8] }>,
-                        Tile<f16, { [BM, D] }>,
-                        Tile<f16, { [BM, D] }>,
-                        Tile<f32, { [BM, D] }>,
-                        Tile<f32, { [BM, D] }>,
-                        f32,
-                    ) = advance::<BM, D, HIGH>(
-                        record, acc, d_hi, d_lo, r, solution, lam, allowed, by_output, ku,
-                    );
-                    record = next_record;
-                    d_hi = next_hi;
-                    d_lo = next_lo;
-                    r = next_r;
-                    solution = next_solution;
-                    worst = next_worst;
-                }
-            }
-        }
-        let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
+        let nothing: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let (record, d, found): (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) =
+            solve::<BM, BN, D, HIGH, BIAS>(
+                record,
+                first_hi,
+                first_lo,
+                cov,
+                nothing,
+                worst,
+                max_iterations,
+                lam,
+                allowed,
+                by_output,
+                key_mean,
+                grid.0 * np,
+                tile,
+                new_token_unordered(),
+                sc_true,
+                shift,
+                tq,
+                &kp,
+                ku,
+                kv0,
+                begin,
+                end,
+                full0,
+                full1,
+                row_lo,
+                row_hi,
+                skip,
+                bias,
+                bias_at,
+                m,
+            );
+        let mut solution: Tile<f32, { [BM, D] }> = found;
         let free: Tile<f32, { [BM, 1] }> = max_tile(pick::<BM>(record, 2i32), zero);
         if (options & 16i32) == 0i32 {
             let whole: Tile<f32, { [BM, D] }> =

@@ -278,67 +278,58 @@ pub mod forward {
         }
         let d: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, beta, qf);
         // Wanted or not: a condition here, or this store behind the loop, and the compiler finds no registers for the passes.
-        let stored: Token = store_packed_first::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
+        let stored: Token = store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
         let (first_unit, first_hi, first_lo): (
             Tile<f32, { [BM, 1] }>,
             Tile<f16, { [BM, D] }>,
             Tile<f16, { [BM, D] }>,
         ) = direction::<BM, D, HIGH>(d);
-        let mut record: Tile<f32, { [BM, 8] }> = new_record::<BM>(
+        let record: Tile<f32, { [BM, 8] }> = new_record::<BM>(
             select(more, rr, zero),
             min_tile(ahead, rr),
             select(gains, step, zero - step),
             first_unit,
             zero,
         );
-        let mut d_hi: Tile<f16, { [BM, D] }> = first_hi;
-        let mut d_lo: Tile<f16, { [BM, D] }> = first_lo;
-        let mut r: Tile<f32, { [BM, D] }> = r;
-        let mut probe: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
-        // See `state` for why this is no `while`.
-        for round in 0i32..ceil_div(max_iterations, 4i32) {
-            let mut passes: i32 = 0i32;
-            if worst > 1.0f32 {
-                passes = min(max_iterations - round * 4i32, 4i32);
-            }
-            for _pass in 0i32..passes {
-                let mut stop: i32 = begin;
-                let mut along: Tile<f32, { [BM, 1] }> = zero;
-                if worst > 1.0f32 {
-                    stop = end;
-                    let kbar: Tile<f32, { [BM, D] }> =
-                        load_packed_after::<f32, BM, D>(key_mean, grid.0 * np, tile, stored);
-                    along = with_mean_key::<BM, D, HIGH>(d_hi, d_lo, kbar, ku);
-                }
-                let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
-                    sc_true, shift, along, tq, d_hi, d_lo, &kp, kv0, begin, stop, full0, full1, row_lo,
-                    row_hi, skip, bias, bias_at, m,
-                );
-                if worst > 1.0f32 {
-                    let (next_record, next_hi, next_lo, next_r, next_probe, next_worst): (
-                        Tile<f32, { [BM, 8] }>,
-                        Tile<f16, { [BM, D] }>,
-                        Tile<f16, { [BM, D] }>,
-                        Tile<f32, { [BM, D] }>,
-                        Tile<f32, { [BM, D] }>,
-                        f32,
-                    ) = advance::<BM, D, HIGH>(
-                        record, acc, d_hi, d_lo, r, probe, lam, allowed, by_output, ku,
-                    );
-                    record = next_record;
-                    d_hi = next_hi;
-                    d_lo = next_lo;
-                    r = next_r;
-                    probe = next_probe;
-                    worst = next_worst;
-                }
-            }
-        }
-        let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
+        let probe: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
+        let (record, d, probe): (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) =
+            solve::<BM, BN, D, HIGH, BIAS>(
+                record,
+                first_hi,
+                first_lo,
+                r,
+                probe,
+                worst,
+                max_iterations,
+                lam,
+                allowed,
+                by_output,
+                key_mean,
+                grid.0 * np,
+                tile,
+                stored,
+                sc_true,
+                shift,
+                tq,
+                &kp,
+                ku,
+                kv0,
+                begin,
+                end,
+                full0,
+                full1,
+                row_lo,
+                row_hi,
+                skip,
+                bias,
+                bias_at,
+                m,
+            );
         let free: Tile<f32, { [BM, 1] }> =
             max_tile(pick::<BM>(record, 2i32), zero) * pick::<BM>(record, 3i32);
         // Without a probe the output is softmax's.
-        probe = if_sound::<BM, D>(add_scaled::<BM, D>(probe, free, d), record, dd);
+        let mut probe: Tile<f32, { [BM, D] }> =
+            if_sound::<BM, D>(add_scaled::<BM, D>(probe, free, d), record, dd);
         let two: Tile<f32, { [BM, 1] }> = constant(2.0f32, const_shape![BM, 1]);
         if (options & 16i32) != 0i32 {
             probe = load_packed::<f32, BM, D>(x, grid.0 * np, tile);

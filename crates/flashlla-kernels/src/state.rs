@@ -249,6 +249,87 @@ pub mod state {
         (record, hi, lo, r, x, worst)
     }
 
+    /// Passes until nothing is left to do: record, direction in its unit, and solution, from what they begin with. The mean keys lie in
+    /// `key_mean`, `[rows, D]`, in the block's tile.
+    pub unsafe fn solve<const BM: i32, const BN: i32, const D: i32, const HIGH: i32, const BIAS: i32>(
+        record: Tile<f32, { [BM, 8] }>,
+        d_hi: Tile<f16, { [BM, D] }>,
+        d_lo: Tile<f16, { [BM, D] }>,
+        r: Tile<f32, { [BM, D] }>,
+        x: Tile<f32, { [BM, D] }>,
+        worst: f32, // above 1: something is left
+        max_iterations: i32,
+        lam: Tile<f32, { [BM, 1] }>,
+        allowed: Tile<f32, { [BM, 1] }>,
+        shared: bool,
+        key_mean: *mut f32,
+        mean_rows: i32,
+        tile: i32,
+        stored: Token, // of the mean keys
+        sc_true: Tile<f32, { [BM, 1] }>,
+        shift: Tile<f32, { [BM, 1] }>,
+        tq: Tile<f16, { [BM, D] }>,
+        kp: &Partition<f16, { [BN, D] }>,
+        ku: f32,
+        kv0: i32,
+        begin: i32,
+        end: i32,
+        full0: i32,
+        full1: i32,
+        row_lo: Tile<i32, { [BM, 1] }>,
+        row_hi: Tile<i32, { [BM, 1] }>,
+        skip: Tile<i32, { [BM, 1] }>,
+        bias: *mut f32,
+        bias_at: i64,
+        m: i32,
+    ) -> (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) {
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let mut record: Tile<f32, { [BM, 8] }> = record;
+        let mut d_hi: Tile<f16, { [BM, D] }> = d_hi;
+        let mut d_lo: Tile<f16, { [BM, D] }> = d_lo;
+        let mut r: Tile<f32, { [BM, D] }> = r;
+        let mut x: Tile<f32, { [BM, D] }> = x;
+        let mut worst: f32 = worst;
+        for round in 0i32..ceil_div(max_iterations, 4i32) {
+            let mut passes: i32 = 0i32;
+            if worst > 1.0f32 {
+                passes = min(max_iterations - round * 4i32, 4i32);
+            }
+            for _pass in 0i32..passes {
+                let mut stop: i32 = begin;
+                let mut along: Tile<f32, { [BM, 1] }> = zero;
+                if worst > 1.0f32 {
+                    stop = end;
+                    let kbar: Tile<f32, { [BM, D] }> =
+                        load_packed_after::<f32, BM, D>(key_mean, mean_rows, tile, stored);
+                    along = with_mean_key::<BM, D, HIGH>(d_hi, d_lo, kbar, ku);
+                }
+                let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
+                    sc_true, shift, along, tq, d_hi, d_lo, kp, kv0, begin, stop, full0, full1, row_lo,
+                    row_hi, skip, bias, bias_at, m,
+                );
+                if worst > 1.0f32 {
+                    let (next_record, next_hi, next_lo, next_r, next_x, next_worst): (
+                        Tile<f32, { [BM, 8] }>,
+                        Tile<f16, { [BM, D] }>,
+                        Tile<f16, { [BM, D] }>,
+                        Tile<f32, { [BM, D] }>,
+                        Tile<f32, { [BM, D] }>,
+                        f32,
+                    ) = advance::<BM, D, HIGH>(record, acc, d_hi, d_lo, r, x, lam, allowed, shared, ku);
+                    record = next_record;
+                    d_hi = next_hi;
+                    d_lo = next_lo;
+                    r = next_r;
+                    x = next_x;
+                    worst = next_worst;
+                }
+            }
+        }
+        let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo);
+        (record, d, x)
+    }
+
     /// The numbers of every query that change from pass to pass.
     pub fn new_record<const BM: i32>(
         rr: Tile<f32, { [BM, 1] }>,

@@ -38,10 +38,19 @@ pub mod tiles {
         part: &Partition<E, { [R, D] }>,
         index: i32,
     ) -> Tile<E, { [R, D] }> {
+        load_inside_after::<E, R, D>(part, index, new_token_unordered())
+    }
+
+    /// The same of what this tile block has stored.
+    pub unsafe fn load_inside_after<E: ElementType, const R: i32, const D: i32>(
+        part: &Partition<E, { [R, D] }>,
+        index: i32,
+        stored: Token,
+    ) -> Tile<E, { [R, D] }> {
         let (tile, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
             part,
             [index, 0i32],
-            Some(new_token_unordered()),
+            Some(stored),
             ordering::Weak,
             scope::TileBlock,
             tma::Disabled,
@@ -52,13 +61,13 @@ pub mod tiles {
         tile
     }
 
-    /// Writes such a tile.
+    /// Writes such a tile. A load of it by this tile block has to wait for the token.
     pub unsafe fn store_inside<E: ElementType, const R: i32, const D: i32>(
         part: &PartitionMut<E, { [R, D] }>,
         index: i32,
         value: Tile<E, { [R, D] }>,
-    ) {
-        let _token: Token = store_view_raw(
+    ) -> Token {
+        let stored: Token = store_view_raw(
             part,
             value,
             [index, 0i32],
@@ -69,6 +78,7 @@ pub mod tiles {
             None,
             [true, true],
         );
+        stored
     }
 
     /// `load_rows` where base, stride and columns are multiples of 16 bytes.
@@ -159,20 +169,8 @@ pub mod tiles {
         view
     }
 
-    /// Writes tile `index` of such an array.
+    /// Writes tile `index` of such an array. A load of it by this tile block has to wait for the token.
     pub unsafe fn store_packed<E: ElementType, const R: i32, const D: i32>(
-        ptr: *mut E,
-        rows: i32,
-        index: i32,
-        value: Tile<E, { [R, D] }>,
-    ) {
-        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
-        let part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
-        store_inside::<E, R, D>(&part, index, value);
-    }
-
-    /// The same, and what a load of that tile by this tile block has to wait for.
-    pub unsafe fn store_packed_first<E: ElementType, const R: i32, const D: i32>(
         ptr: *mut E,
         rows: i32,
         index: i32,
@@ -180,41 +178,7 @@ pub mod tiles {
     ) -> Token {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
         let part: PartitionMut<E, { [R, D] }> = view.partition_full_mut(const_shape![R, D]);
-        let stored: Token = store_view_raw(
-            &part,
-            value,
-            [index, 0i32],
-            Some(new_token_unordered()),
-            ordering::Weak,
-            scope::TileBlock,
-            tma::Disabled,
-            None,
-            [true, true],
-        );
-        stored
-    }
-
-    /// `load_packed` of what this tile block has stored.
-    pub unsafe fn load_packed_after<E: ElementType, const R: i32, const D: i32>(
-        ptr: *mut E,
-        rows: i32,
-        index: i32,
-        stored: Token,
-    ) -> Tile<E, { [R, D] }> {
-        let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
-        let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
-        let (tile, _token): (Tile<E, { [R, D] }>, Token) = load_view_raw(
-            &part,
-            [index, 0i32],
-            Some(stored),
-            ordering::Weak,
-            scope::TileBlock,
-            tma::Disabled,
-            None,
-            [true, true],
-            const_shape![R, D],
-        );
-        tile
+        store_inside::<E, R, D>(&part, index, value)
     }
 
     /// Tile `index` of such an array, where one tile is all that a tile block reads of it: a bulk copy would first have to build
@@ -224,10 +188,19 @@ pub mod tiles {
         rows: i32,
         index: i32,
     ) -> Tile<E, { [R, D] }> {
+        load_packed_after::<E, R, D>(ptr, rows, index, new_token_unordered())
+    }
+
+    /// The same of what this tile block has stored.
+    pub unsafe fn load_packed_after<E: ElementType, const R: i32, const D: i32>(
+        ptr: *mut E,
+        rows: i32,
+        index: i32,
+        stored: Token,
+    ) -> Tile<E, { [R, D] }> {
         let view: Tensor<E, { [-1, D] }> = packed::<E, D>(ptr, rows);
         let part: Partition<E, { [R, D] }> = view.partition(const_shape![R, D]);
-        let tile: Tile<E, { [R, D] }> = load_inside::<E, R, D>(&part, index);
-        tile
+        load_inside_after::<E, R, D>(&part, index, stored)
     }
 
     /// One value per row, `stride` apart (0: the same for all); zero past `rows`.
