@@ -164,7 +164,7 @@ pub mod decode {
     ) {
         let view: Tensor<f32, { [D, D] }> = square::<D>(moments, part, which);
         let all: PartitionMut<f32, { [D, D] }> = view.partition_full_mut(const_shape![D, D]);
-        store_inside::<f32, D, D>(&all, 0i32, x);
+        let _stored: Token = store_inside::<f32, D, D>(&all, 0i32, x);
     }
 
     /// Reads it.

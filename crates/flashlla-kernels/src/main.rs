@@ -1,5 +1,7 @@
-//! Writes the Tile IR bytecode of every variant: `flashlla-kernels OUT_DIR ARCH [NAME_PART [BM,BN,WARPS,PER_SM]]`, the last to try
+//! Writes the Tile IR bytecode of every variant: `flashlla-kernels OUT_DIR ARCH [NAMES [BM,BN,WARPS,PER_SM]]`, the last to try
 //! other tile sizes, worker warps and tile blocks per SM on the kernels that have products.
+//!
+//! NAMES are patterns with commas between: a kernel is built if its name holds all pieces of one, in order; `*` stands between pieces.
 //!
 //! One line per variant goes to standard output, for `cargo xtask kernels`:
 //! `name entry dtype bm bn d high bias aligned tensor paged`, tab-separated.
@@ -9,9 +11,9 @@ use std::{env, error::Error, fs, path::PathBuf};
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = env::args().skip(1).collect();
     let [out, arch, rest @ ..] = args.as_slice() else {
-        return Err("usage: flashlla-kernels OUT_DIR ARCH [NAME_PART [BM,BN,WARPS,PER_SM]]".into());
+        return Err("usage: flashlla-kernels OUT_DIR ARCH [NAMES [BM,BN,WARPS,PER_SM]]".into());
     };
-    let part = rest.first().map_or("", String::as_str);
+    let names = rest.first().map_or("", String::as_str);
     let tiles = match rest.get(1) {
         None => None,
         Some(text) => {
@@ -23,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     };
     let variants = flashlla_kernels::variants::with_tiles(tiles);
-    let list: Vec<_> = variants.into_iter().filter(|v| v.name.contains(part)).collect();
+    let list: Vec<_> = variants.into_iter().filter(|v| is_named(&v.name, names)).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let next = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| -> Result<(), Box<dyn Error>> {
@@ -65,4 +67,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         );
     }
     Ok(())
+}
+
+/// Whether a name fits one of the patterns.
+fn is_named(name: &str, patterns: &str) -> bool {
+    patterns.split(',').any(|pattern| {
+        let mut rest = Some(name);
+        for piece in pattern.split('*') {
+            rest = rest.and_then(|rest| rest.split_once(piece)).map(|(_, rest)| rest);
+        }
+        rest.is_some()
+    })
 }
