@@ -53,7 +53,8 @@ def check(kernels):
             q, k, v, g = tensors("gaussian", 2, 4, 2, n, m, d, dv, dtype)
             for name, args in masks(n, m):
                 mask = visible(n, m, **args)
-                saved = kernels.forward(q, k, v, 10.0, save=True, tol=1e-3, **args)
+                # Solved further than the library does: a single query's residual may be all of its tolerance.
+                saved = kernels.forward(q, k, v, 10.0, save=True, tol=3e-4, **args)
                 want, probe, lse = reference(q, k, v, 10.0, mask)
                 finite = mask.any(-1)
                 got_lse = saved["lse"].view(lse.shape)
@@ -62,7 +63,7 @@ def check(kernels):
                     errors["empty rows"] = float("nan")
                 line(f"forward {str(dtype)[6:]} {n}x{m} d{d} dv{dv} {name}", errors, limit)
                 if bool(finite.all()) and n > 1:
-                    got = kernels.backward(q, k, v, g, saved, 10.0, tol=1e-3, **args)
+                    got = kernels.backward(q, k, v, g, saved, 10.0, tol=3e-4, **args)
                     ref = gradients(q, k, v, g, 10.0, mask)
                     line(f"   backward", {x: error(got[x], r) for x, r in zip(("dq", "dk", "dv", "dridge"), ref)}, 6e-3)
     # per-query ridge, bias, strides, given probe, high

@@ -110,10 +110,10 @@ fn loop_spills(code: &[(u64, &str)]) -> u32 {
 /// variants that most calls use (`plain`) spill nothing inside their loops; two terms, a bias, and f32 tensors cost registers.
 fn limits(entry: &str, plain: bool, keys: u32) -> (u32, u32) {
     match (entry, plain) {
-        ("lla_forward", true) => (416, 0),
-        ("lla_forward", false) => (1216, 176),
-        ("lla_backward_solve", true) => (640, 0),
-        ("lla_backward_solve", false) => (1792, 392),
+        ("lla_forward", true) => (320, 0),
+        ("lla_forward", false) => (1000, 150),
+        ("lla_backward_solve", true) => (260, 0),
+        ("lla_backward_solve", false) => (900, 110),
         ("lla_backward_query", _) => (560, 0),
         ("lla_backward_key", true) => (32, 0),
         ("lla_backward_key", false) => (32, 4),

@@ -181,13 +181,19 @@ pub mod backward_key {
                 }
                 if (i < full0) || (i >= full1) {
                     let rows: i32 = n - i * BM;
-                    let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(i * BM, n, offset);
-                    let range_at: i64 = wide(batch) * wide(range_batch) + wide(i * BM);
-                    let row_lo: Tile<i32, { [BM, 1] }> =
-                        first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
-                    let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM>(options, pos, m, hi, range_at, rows);
-                    let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
-                    s = select(visible_across::<BM, BN>(row_lo, row_hi, skip, first, rows), s, never);
+                    if (options & 14i32) == 0i32 {
+                        let causal: bool = (options & 1i32) != 0i32;
+                        s = hide_across::<BM, BN>(s, never, causal, first, i * BM + offset, rows);
+                    } else {
+                        let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(i * BM, n, offset);
+                        let range_at: i64 = wide(batch) * wide(range_batch) + wide(i * BM);
+                        let row_lo: Tile<i32, { [BM, 1] }> =
+                            first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
+                        let row_hi: Tile<i32, { [BM, 1] }> =
+                            end_keys::<BM>(options, pos, m, hi, range_at, rows);
+                        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
+                        s = select(visible_across::<BM, BN>(row_lo, row_hi, skip, first, rows), s, never);
+                    }
                 }
                 // In an order that keeps few tiles alive.
                 let p: Tile<f32, { [BN, BM] }> = exp2(s, ftz::Enabled);

@@ -115,7 +115,8 @@ pub mod backward_solve {
         let undo: Tile<f32, { [BM, 1] }> = constant(0.0078125f32, const_shape![BM, 1]);
         let sh: Tile<f32, { [BM, 1] }> = shift + boost;
         let mut acc: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        let mut mean: Tile<f32, { [BM, 1] }> = zero;
+        let mut sums: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
+        let ones: Tile<f16, { [BN, 16] }> = ones::<BN>();
         for j in begin..end {
             let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
             let mut s: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
@@ -128,14 +129,13 @@ pub mod backward_solve {
                 s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
             }
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
-            let w: Tile<f32, { [BM, BN] }> = p * gamma;
-            let sum: Tile<f32, { [BM] }> = reduce_sum(w, 1i32);
-            mean = mean + sum.reshape(const_shape![BM, 1]);
-            let wb: Tile<f16, { [BM, BN] }> = convert_tile(w);
+            let wb: Tile<f16, { [BM, BN] }> = convert_tile(p * gamma);
+            // Summed as they are rounded, so that what the keys have in common leaves c.
+            sums = mma(wb, ones, sums);
             acc = mma(wb, kt, acc);
         }
         let gun: Tile<f32, { [BM, 1] }> = broadcast_scalar(gu, const_shape![BM, 1]) * undo;
-        let mean: Tile<f32, { [BM, 1] }> = mean * gun;
+        let mean: Tile<f32, { [BM, 1] }> = summed::<BM>(sums) * gun;
         let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
         let coef: Tile<f32, { [BM, 1] }> = gun * broadcast_scalar(ku, const_shape![BM, 1]);
         let cov: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), zero - mean, kbar);

@@ -144,6 +144,8 @@ pub mod forward {
         let eight: Tile<f32, { [BM, 1] }> = constant(8.0f32, const_shape![BM, 1]);
         let mut m_i: Tile<f32, { [BM, 1] }> = constant(-1.0e30f32, const_shape![BM, 1]);
         let mut l_i: Tile<f32, { [BM, 1] }> = zero;
+        let mut sum_p: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
+        let ones: Tile<f16, { [BN, 16] }> = ones::<BN>();
         let mut sum_k: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let mut sum_sk: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         for j in begin..end {
@@ -160,9 +162,14 @@ pub mod forward {
             let mn: Tile<f32, { [BM, 1] }> = max_tile(m_i, mx.reshape(const_shape![BM, 1]) * sc);
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, eight - mn);
             let al: Tile<f32, { [BM, 1] }> = exp2(m_i - mn, ftz::Enabled);
-            let ps: Tile<f32, { [BM] }> = reduce_sum(p, 1i32);
-            l_i = l_i * al + ps.reshape(const_shape![BM, 1]);
+            // The sum is that of the rounded weights: kbar is then a mean of keys, with weights that are hardly others. Otherwise it would
+            // err by a part of the keys' common mean, which no key's distance from kbar covers, and a small ridge does not either.
             let pb: Tile<f16, { [BM, BN] }> = convert_tile(p);
+            if D == 64i32 {
+                sum_p = mma(pb, ones, sum_p * across::<BM, 16>(al));
+            } else {
+                l_i = l_i * al + added::<BM, BN>(pb);
+            }
             let mut sp: Tile<f32, { [BM, BN] }> = s;
             if BIAS == 1i32 {
                 sp = product;
@@ -171,6 +178,9 @@ pub mod forward {
             sum_k = mma(pb, kt, sum_k * across::<BM, D>(al));
             sum_sk = mma(spb, kt, sum_sk * across::<BM, D>(al));
             m_i = mn;
+        }
+        if D == 64i32 {
+            l_i = summed::<BM>(sum_p);
         }
         let none: Tile<bool, { [BM, 1] }> = eq_tile(l_i, zero);
         let lse2: Tile<f32, { [BM, 1] }> = m_i + log2(l_i) - eight;

@@ -100,7 +100,12 @@ pub mod state {
             let sixteenth: Tile<f32, { [BM, 1] }> = constant(0.0625f32, const_shape![BM, 1]);
             unit = unit * sixteenth;
         }
-        let scaled: Tile<f32, { [BM, D] }> = d * across::<BM, D>(quotient::<{ [BM, 1] }>(one, unit));
+        // Below this the square of the norm underflows, and so does what its unit says: such a direction is none.
+        let least: Tile<f32, { [BM, 1] }> = constant(1.0e-18f32, const_shape![BM, 1]);
+        let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let inverse: Tile<f32, { [BM, 1] }> =
+            select(lt_tile(norm, least), zero, quotient::<{ [BM, 1] }>(one, unit));
+        let scaled: Tile<f32, { [BM, D] }> = d * across::<BM, D>(inverse);
         let hi: Tile<f16, { [BM, D] }> = convert_tile(scaled);
         let mut lo: Tile<f16, { [BM, D] }> = hi;
         if HIGH == 1i32 {
@@ -133,7 +138,8 @@ pub mod state {
         d
     }
 
-    /// The pass over the keys: `sum p ((k - kbar).d) k`, raised by 2^10 (2^6 where there are two terms), in units.
+    /// The pass over the keys: `sum p ((k - kbar).d) k`, raised by 2^10 (2^6 where there are two terms), in units; and, where there are
+    /// two terms, the sum of these weights of the keys as they were rounded.
     pub unsafe fn pass<const BM: i32, const BN: i32, const D: i32, const HIGH: i32, const BIAS: i32>(
         sc_true: Tile<f32, { [BM, 1] }>,
         shift: Tile<f32, { [BM, 1] }>,
@@ -153,7 +159,7 @@ pub mod state {
         bias: *mut f32,
         bias_at: i64,
         m: i32,
-    ) -> Tile<f32, { [BM, D] }> {
+    ) -> (Tile<f32, { [BM, D] }>, Tile<f32, { [BM, 1] }>) {
         let mut lift: Tile<f32, { [BM, 1] }> = constant(10.0f32, const_shape![BM, 1]);
         if HIGH == 1i32 {
             lift = constant(6.0f32, const_shape![BM, 1]);
@@ -166,6 +172,7 @@ pub mod state {
         let never: Tile<f32, { [BM, BN] }> = constant(f32::NEG_INFINITY, const_shape![BM, BN]);
         let dk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(along);
         let mut acc: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
+        let mut total: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
         for j in begin..end {
             // Where registers are short, the default pipelines the loop so that its products wait for each other.
             let kt: Tile<f16, { [BN, D] }> = if (D == 128i32) || (HIGH == 1i32) {
@@ -183,9 +190,12 @@ pub mod state {
             }
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
             let wb: Tile<f16, { [BM, BN] }> = convert_tile(p * (t - dk_b));
+            if HIGH == 1i32 {
+                total = total + added::<BM, BN>(wb);
+            }
             acc = mma(wb, kt, acc);
         }
-        acc
+        (acc, total)
     }
 
     /// The step along the direction whose pass gave `acc`: the next record, direction, residual and solution.
@@ -304,10 +314,20 @@ pub mod state {
                         load_packed_after::<f32, BM, D>(key_mean, mean_rows, tile, stored);
                     along = with_mean_key::<BM, D, HIGH>(d_hi, d_lo, kbar, ku);
                 }
-                let acc: Tile<f32, { [BM, D] }> = pass::<BM, BN, D, HIGH, BIAS>(
-                    sc_true, shift, along, tq, d_hi, d_lo, kp, kv0, begin, stop, full0, full1, row_lo,
-                    row_hi, skip, bias, bias_at, m,
-                );
+                let (sum, total): (Tile<f32, { [BM, D] }>, Tile<f32, { [BM, 1] }>) =
+                    pass::<BM, BN, D, HIGH, BIAS>(
+                        sc_true, shift, along, tq, d_hi, d_lo, kp, kv0, begin, stop, full0, full1, row_lo,
+                        row_hi, skip, bias, bias_at, m,
+                    );
+                let mut acc: Tile<f32, { [BM, D] }> = sum;
+                if HIGH == 1i32 {
+                    // The weights sum to 0 but for their roundings, of which what the keys have in common makes much.
+                    let kbar: Tile<f32, { [BM, D] }> =
+                        load_packed_after::<f32, BM, D>(key_mean, mean_rows, tile, stored);
+                    let inverse_ku: Tile<f32, { [BM, 1] }> =
+                        broadcast_scalar(1.0f32 / ku, const_shape![BM, 1]);
+                    acc = add_scaled::<BM, D>(acc, zero - total * inverse_ku, kbar);
+                }
                 if worst > 1.0f32 {
                     let (next_record, next_hi, next_lo, next_r, next_x, next_worst): (
                         Tile<f32, { [BM, 8] }>,

@@ -559,4 +559,50 @@ pub mod tiles {
         let rows: Tile<i32, { [BN, BM] }> = broadcast_scalar(rows, const_shape![BN, BM]);
         ge_tile(key, lo) & lt_tile(key, hi) & ne_tile(key, skip) & lt_tile(query, rows)
     }
+
+    /// What a product with weights, as fp16 has them, takes to sum them in each of 16 columns. The sum is that of what other products
+    /// with these weights see. It mostly costs less than adding them up: no conversion back, nothing crosses threads.
+    pub fn ones<const BN: i32>() -> Tile<f16, { [BN, 16] }> {
+        constant(f16::ONE, const_shape![BN, 16])
+    }
+
+    /// The same sums added up.
+    pub fn added<const BM: i32, const BN: i32>(weights: Tile<f16, { [BM, BN] }>) -> Tile<f32, { [BM, 1] }> {
+        let weights: Tile<f32, { [BM, BN] }> = convert_tile(weights);
+        let sums: Tile<f32, { [BM] }> = reduce_sum(weights, 1i32);
+        sums.reshape(const_shape![BM, 1])
+    }
+
+    /// Sums per row, from such columns.
+    pub fn summed<const BM: i32>(columns: Tile<f32, { [BM, 16] }>) -> Tile<f32, { [BM, 1] }> {
+        let sums: Tile<f32, { [BM] }> = reduce_max(columns, 1i32);
+        sums.reshape(const_shape![BM, 1])
+    }
+
+    /// Scores with keys along the rows, `never` where a query of a causal mask, or none, does not see the key, or is none.
+    pub fn hide_across<const BM: i32, const BN: i32>(
+        s: Tile<f32, { [BN, BM] }>,
+        never: Tile<f32, { [BN, BM] }>,
+        causal: bool,
+        first_key: i32,
+        first_pos: i32,
+        rows: i32,
+    ) -> Tile<f32, { [BN, BM] }> {
+        let mut s: Tile<f32, { [BN, BM] }> = s;
+        let query: Tile<i32, { [BM] }> = iota(const_shape![BM]);
+        let query: Tile<i32, { [BN, BM] }> =
+            query.reshape(const_shape![1, BM]).broadcast(const_shape![BN, BM]);
+        if causal {
+            let key: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+            let key: Tile<i32, { [BN, BM] }> = (key
+                + broadcast_scalar(first_key - first_pos, const_shape![BN]))
+            .reshape(const_shape![BN, 1])
+            .broadcast(const_shape![BN, BM]);
+            s = select(le_tile(key, query), s, never);
+        }
+        if rows < BM {
+            s = select(lt_tile(query, broadcast_scalar(rows, const_shape![BN, BM])), s, never);
+        }
+        s
+    }
 }
