@@ -155,6 +155,15 @@ impl<'a, T: Element> View<'a, T> {
         Row { start, stride: sd, len: self.shape[3], borrow: PhantomData }
     }
 
+    /// Rows `n..n + count` as one slice, when they follow each other and so do their elements.
+    pub(crate) fn rows(&self, b: usize, h: usize, n: usize, count: usize) -> Option<&'a [T]> {
+        assert!(count > 0 && n + count <= self.shape[2]);
+        let first = self.row(b, h, n).as_slice()?;
+        let close = count == 1 || self.strides[2] == first.len() as isize;
+        // SAFETY: each of these rows is borrowed memory, and one begins where another ends.
+        close.then(|| unsafe { std::slice::from_raw_parts(first.as_ptr(), count * first.len()) })
+    }
+
     /// The address of element (0, 0, 0, 0), for engines that hand it to another device.
     pub fn as_ptr(&self) -> *const T {
         self.origin

@@ -14,9 +14,6 @@ use crate::Real;
 /// Columns of pairwise products held at once: with a block's rows, they stay in the second-level cache.
 const COLUMNS: usize = 1024;
 
-/// A residual of so many ε is near what refinement would leave.
-const HARDLY: f64 = 16.0;
-
 /// What a direct solve costs per row, in floating-point operations at the rate of the products.
 pub fn flop(keys: f64, dim: usize) -> f64 {
     // The factorisation of a small matrix runs at about an eighth of that rate.
@@ -52,11 +49,12 @@ pub fn solve<C: Real>(
         let solved = cholesky.factor(matrix) && cholesky.solve(matrix, x) && x.iter().all(|x| x.is_finite());
         if solved {
             arith.combine(&mut run.x[row * width..][..width], C::ONE, C::ONE, x);
-            // What rounding of the matrix's entries leaves of the residual, relative and in units of ε.
+            // What errors of the matrix's entries leave of the residual, relative.
             let ratio = (arith.dot(x, x) / run.norms[row]).root().as_f64();
-            let rounding = (dim as f64).sqrt() * largest * ratio;
-            refine |= rounding > HARDLY || rounding.is_nan();
-            run.solved.residual[row] = (C::EPSILON.as_f64() * rounding) as f32;
+            let [epsilon, hardly] = source.moments_error();
+            let left = epsilon * (dim as f64).sqrt() * largest * ratio;
+            refine |= left > hardly || left.is_nan();
+            run.solved.residual[row] = left as f32;
         } else {
             refine = true;
             failed.push(row);

@@ -88,7 +88,7 @@ impl Cpu {
     }
 
     fn run(&self) -> Run {
-        Run { arch: self.arch, stop: self.stop }
+        Run { arch: self.arch, stop: self.stop, unit: decode::Unit::get() }
     }
 
     /// The instruction set in use: `"avx512"`, `"avx2+fma"`, `"neon"` or `"plain"`.
@@ -115,6 +115,8 @@ impl Cpu {
 struct Run {
     arch: pulp::Arch,
     stop: Option<&'static AtomicBool>,
+    /// A matrix unit that may be used.
+    unit: Option<decode::Unit>,
 }
 
 impl Run {

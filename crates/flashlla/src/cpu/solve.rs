@@ -38,7 +38,15 @@ pub trait Matrices<C: Real> {
     /// Whether [`Matrices::apply`] costs little beside [`Matrices::second_moments`]. If not, a direct solve does without where
     /// rounding hardly touches it.
     fn applies_cheaply(&self) -> bool;
+    /// What entries of [`Matrices::second_moments`] are off by, relative to terms of their sums, and the relative residual that this may
+    /// leave before it is looked at.
+    fn moments_error(&self) -> [f64; 2] {
+        MOMENTS_ERROR.map(|x| x * C::EPSILON.as_f64())
+    }
 }
+
+/// Of sums in the type of arithmetic, in units of ε: a residual of 16 ε is near what refinement would leave.
+pub const MOMENTS_ERROR: [f64; 2] = [1.0, 16.0];
 
 /// A block's softmax weights and its buffer for a tile of products.
 pub struct Block<'a, 'b, C> {

@@ -6,9 +6,25 @@ use pulp::Simd;
 
 /// A storage type that can be read many numbers at a time. Sealed; an implementation detail of [`crate::Element`].
 #[doc(hidden)]
-pub trait Widen: Copy {
+pub trait Widen: Copy + 'static {
     /// `out = from − origin`, as long as the shortest of them.
     fn widen<S: Simd, C: Real>(simd: S, from: &[Self], origin: &[C], out: &mut [C]);
+    /// Adds a row to those of its type, if there are such.
+    fn push<'a>(_row: &'a [Self], _rows: &mut Rows<'a>) {}
+}
+
+/// Rows where they lie, of the types that are worth it.
+#[derive(Debug, Default)]
+pub struct Rows<'a> {
+    pub f32: Vec<&'a [f32]>,
+    pub bf16: Vec<&'a [bf16]>,
+}
+
+impl Rows<'_> {
+    pub fn clear(&mut self) {
+        self.f32.clear();
+        self.bf16.clear();
+    }
 }
 
 /// One number at a time, which compilers turn into registers full where `of` is simple.
@@ -19,23 +35,32 @@ fn each<T: Copy, C: Real>(from: &[T], origin: &[C], out: &mut [C], of: impl Fn(T
     }
 }
 
-macro_rules! plain {
-    ($t:ident) => {
-        impl Widen for $t {
-            #[inline(always)]
-            fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
-                each(from, origin, out, |x| x.to_real());
-            }
-        }
-    };
+impl Widen for f64 {
+    #[inline(always)]
+    fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
+        each(from, origin, out, |x| x.to_real());
+    }
 }
-plain!(f64);
-plain!(f32);
+
+impl Widen for f32 {
+    #[inline(always)]
+    fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
+        each(from, origin, out, |x| x.to_real());
+    }
+
+    fn push<'a>(row: &'a [Self], rows: &mut Rows<'a>) {
+        rows.f32.push(row);
+    }
+}
 
 impl Widen for bf16 {
     #[inline(always)]
     fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
         each(from, origin, out, |x| C::of_f32(f32::from_bits(u32::from(x.to_bits()) << 16)));
+    }
+
+    fn push<'a>(row: &'a [Self], rows: &mut Rows<'a>) {
+        rows.bf16.push(row);
     }
 }
 

@@ -334,6 +334,42 @@ fn splits_are_merged() {
     }
 }
 
+/// Contexts and head dimensions for which processors with a matrix unit form moments there, with keys far from zero and tokens that are
+/// hidden, from pages.
+#[test]
+fn one_query_against_many_keys() {
+    for (head_dim, value_dim) in [(64, 64), (32, 96), (40, 17)] {
+        for (mean, ridge) in [(0.0, 0.3), (10.0, 10.0)] {
+            for page_size in [None, Some(32)] {
+                let setup = Setup {
+                    kv_heads: 2,
+                    value_dim,
+                    ridge,
+                    bias: page_size.map(|_| true),
+                    mask: Mask::causal().window(900).leave_one_out(),
+                    page_size,
+                    ..Setup::new(&[1000, 777], head_dim)
+                };
+                let mut data = setup.data();
+                for x in data.k.data_mut() {
+                    *x = Grid::Half.round(*x + mean);
+                }
+                let want = setup.reference(&data);
+                for dtype in Dtype::ALL {
+                    let what = format!("{dtype:?} {head_dim} {value_dim} {mean} {page_size:?}");
+                    assert_decoded(
+                        &what,
+                        &setup.decode_as(dtype, &data),
+                        &want,
+                        Tolerance::promised(dtype, false),
+                        ridge,
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_prompt_and_200_tokens_equal_one_forward() {
     fn check<T: Element>(tolerance: f64, paged: bool) {

@@ -3,17 +3,24 @@
 use crate::cache::{CacheView, Paging};
 use crate::cpu::TILE;
 use crate::cpu::simd::SimdReal;
+use crate::cpu::widen::Rows;
 use crate::{Element, Real, View};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
 /// The keys or the values of a cache, whatever they are stored in.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // What the matrix unit alone needs.
 pub trait ReadTile<C>: Sync {
     /// Reads tokens from `first` on, as many as `rows` has rows of `width`, less `origin`. What lies beyond a token's
     /// dimensions is left alone.
     fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]);
     /// Asks for tokens that will be read soon.
     fn prefetch(&self, place: [usize; 2], tokens: Range<usize>);
+    /// Adds the pieces of memory that tokens lie in: where each begins, and its bytes. Nothing where a token's numbers do not lie one
+    /// after the other.
+    fn pieces(&self, place: [usize; 2], tokens: Range<usize>, pieces: &mut Vec<(*const u8, usize)>);
+    /// Adds tokens as rows where they lie, if they do so as rows.
+    fn rows<'a>(&'a self, place: [usize; 2], tokens: Range<usize>, rows: &mut Rows<'a>);
 }
 
 /// One pool of a cache.
@@ -35,9 +42,56 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
             }
         });
     }
+
+    fn pieces(
+        &self,
+        [sequence, head]: [usize; 2],
+        tokens: Range<usize>,
+        pieces: &mut Vec<(*const u8, usize)>,
+    ) {
+        let mut add = |piece: &[T]| pieces.push((piece.as_ptr().cast(), size_of_val(piece)));
+        for_each_page(self.cache.paging(), sequence, tokens, |_, page, slot, here| {
+            match self.view.rows(page, head, slot, here) {
+                Some(rows) => add(rows),
+                None => (slot..slot + here)
+                    .filter_map(|slot| self.view.row(page, head, slot).as_slice())
+                    .for_each(&mut add),
+            }
+        });
+    }
+
+    fn rows<'a>(&'a self, [sequence, head]: [usize; 2], tokens: Range<usize>, rows: &mut Rows<'a>) {
+        for_each_page(self.cache.paging(), sequence, tokens, |_, page, slot, here| {
+            match self.view.rows(page, head, slot, here) {
+                Some(all) => {
+                    all.chunks_exact(self.view.shape()[3]).for_each(|row| T::push(row, rows));
+                }
+                None => (slot..slot + here)
+                    .filter_map(|slot| self.view.row(page, head, slot).as_slice())
+                    .for_each(|row| T::push(row, rows)),
+            }
+        });
+    }
 }
 
-/// Calls `f` with every token's number among them, page and slot: page by page, so that places are looked up once per page.
+/// Calls `f` with every page that holds some of the tokens: the number of the first of those, the page, its slot, and how many.
+#[inline(always)]
+fn for_each_page(
+    paging: &Paging,
+    sequence: usize,
+    tokens: Range<usize>,
+    mut f: impl FnMut(usize, usize, usize, usize),
+) {
+    let mut done = 0;
+    while done < tokens.len() {
+        let (page, slot) = paging.place(sequence, tokens.start + done);
+        let here = (paging.page_size() - slot).min(tokens.len() - done);
+        f(done, page, slot, here);
+        done += here;
+    }
+}
+
+/// Calls `f` with every token's number among them, page and slot.
 #[inline(always)]
 fn for_each_place(
     paging: &Paging,
@@ -45,13 +99,9 @@ fn for_each_place(
     tokens: Range<usize>,
     mut f: impl FnMut(usize, usize, usize),
 ) {
-    let mut done = 0;
-    while done < tokens.len() {
-        let (page, slot) = paging.place(sequence, tokens.start + done);
-        let here = (paging.page_size() - slot).min(tokens.len() - done);
+    for_each_page(paging, sequence, tokens, |done, page, slot, here| {
         (0..here).for_each(|i| f(done + i, page, slot + i));
-        done += here;
-    }
+    });
 }
 
 struct Read<'a, T: Element, C> {
@@ -81,7 +131,7 @@ impl<T: Element, C: Real> WithSimd for Read<'_, T, C> {
 }
 
 #[inline(always)]
-fn prefetch<T>(place: *const T) {
+pub fn prefetch<T>(place: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch of any address is no access.
     unsafe {

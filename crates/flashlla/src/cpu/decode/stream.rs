@@ -3,6 +3,7 @@
 //! The keys are cut into splits by sizes alone, never by threads; every pass works on the splits in parallel and adds what they
 //! give in their order. The last pass goes through them as the first did; what the caches still hold is found there.
 
+use super::amx::{FirstPass, Sums};
 use super::kernels::{Dots, ReadTile, RootScaled};
 use super::weighted::Weighted;
 use crate::cpu::block::{AddProduct, Arith};
@@ -17,7 +18,7 @@ use std::ops::Range;
 /// Rows of the matrix of second moments that are computed together, from their first column's register on.
 pub const MOMENT_ROWS: usize = 16;
 /// How far scores may rise above what weights are relative to before that is moved: `e^8` is far from any limit.
-const RISE: f64 = 8.0;
+pub const RISE: f64 = 8.0;
 /// Reference keys are means of so many.
 const SAMPLES: usize = 8;
 
@@ -86,18 +87,49 @@ impl<'a, C: Real> Ahead<'a, C> {
 }
 
 /// What the first pass finds in a split; vectors of one number or one vector per row.
-struct Found<C> {
+pub struct Found<C> {
     /// By tile and row.
-    scores: Vec<C>,
+    pub scores: Vec<C>,
     /// What weights are relative to.
-    reference: Vec<C>,
-    sum: Vec<C>,
-    mean: Vec<C>,
+    pub reference: Vec<C>,
+    pub sum: Vec<C>,
+    pub mean: Vec<C>,
     /// Upper halves, `dim` rows of `width` each; empty unless wanted.
-    moments: Vec<C>,
+    pub moments: Vec<C>,
+    /// `Σ w k vᵀ`, `dim` rows of the values' padded width, and `Σ w v`. Empty where values were not looked at.
+    pub cross: Vec<C>,
+    pub value_sum: Vec<C>,
+    /// The sum of squared weights, if the matrix unit was used.
+    pub squares: C,
+    /// Moments and products with values are yet to be [settled](FirstPass::settle).
+    pub packed: bool,
     /// Rows that see a key or bias that is not finite.
-    bad: Vec<bool>,
+    pub bad: Vec<bool>,
     careful: bool,
+}
+
+impl<C: Real> Found<C> {
+    /// Of so many rows and tiles, with room for so many moments.
+    pub fn new(rows: usize, tiles: usize, width: usize, moments: usize) -> Self {
+        Self {
+            scores: vec![C::ZERO; tiles * rows * TILE],
+            reference: vec![C::NEG_INFINITY; rows],
+            sum: vec![C::ZERO; rows],
+            mean: vec![C::ZERO; rows * width],
+            moments: vec![C::ZERO; moments],
+            cross: vec![],
+            value_sum: vec![],
+            squares: C::ZERO,
+            packed: false,
+            bad: vec![false; rows],
+            careful: false,
+        }
+    }
+
+    /// Whether keys and biases were: something not finite in a key spoils every row's sums, even that of rows that do not see it.
+    fn is_finite(&self) -> bool {
+        [&self.sum, &self.mean, &self.moments].iter().all(|values| values.iter().all(|x| x.is_finite()))
+    }
 }
 
 impl<'a, C: Real> Stream<'a, C> {
@@ -201,7 +233,7 @@ impl<'a, C: Real> Stream<'a, C> {
     }
 
     /// Minus infinity where a row does not see a key.
-    fn hide(&self, (first, count): (usize, usize), scores: &mut [C]) {
+    pub fn hide(&self, (first, count): (usize, usize), scores: &mut [C]) {
         for (row, scores) in self.rows.iter().zip(scores.chunks_exact_mut(TILE)) {
             let Visible { start, end, skip } = row.visible;
             let start = start.clamp(first, first + count) - first;
@@ -217,7 +249,7 @@ impl<'a, C: Real> Stream<'a, C> {
     }
 
     /// Adds the bias; rows for which it is not a number, or infinite, are bad.
-    fn add_bias(&self, (first, count): (usize, usize), scores: &mut [C], bad: &mut [bool]) {
+    pub fn add_bias(&self, (first, count): (usize, usize), scores: &mut [C], bad: &mut [bool]) {
         let Some(bias) = self.inputs.bias else { return };
         for ((row, scores), bad) in self.rows.iter().zip(scores.chunks_exact_mut(TILE)).zip(bad) {
             let (b, h) = self.inputs.attention.bias_place(bias.shape(), self.place[0], row.head);
@@ -232,17 +264,21 @@ impl<'a, C: Real> Stream<'a, C> {
         }
     }
 
+    /// Scores of a tile become weights, whose sum this is.
+    pub fn weigh(&self, arch: pulp::Arch, scores: &mut [C], reference: C) -> C {
+        if reference == C::NEG_INFINITY {
+            // No key seen yet; a NaN stays one.
+            scores.iter_mut().for_each(|x| *x = if *x == C::NEG_INFINITY { C::ZERO } else { C::NAN });
+            scores.iter().copied().sum()
+        } else {
+            arch.dispatch(RowExp(scores, reference))
+        }
+    }
+
     fn first_pass_of(&self, arith: &Arith, split: &Range<usize>, moments: bool, careful: bool) -> Found<C> {
         let (n, width, dim, arch) = (self.rows.len(), self.width, self.dim(), arith.arch);
-        let mut found = Found {
-            scores: vec![C::ZERO; split.len().div_ceil(TILE) * n * TILE],
-            reference: vec![C::NEG_INFINITY; n],
-            sum: vec![C::ZERO; n],
-            mean: vec![C::ZERO; n * width],
-            moments: vec![C::ZERO; if moments { n * dim * width } else { 0 }],
-            bad: vec![false; n],
-            careful,
-        };
+        let room = if moments { n * dim * width } else { 0 };
+        let mut found = Found { careful, ..Found::new(n, split.len().div_ceil(TILE), width, room) };
         let (mut keys, mut scaled) = (vec![C::ZERO; TILE * width], vec![C::ZERO; TILE * width]);
         let mut weights = vec![C::ZERO; n * TILE];
         for (i, first, count) in Self::tiles(split) {
@@ -275,13 +311,7 @@ impl<'a, C: Real> Stream<'a, C> {
                         found.moments[at].iter_mut().for_each(|x| *x *= factor);
                     }
                 }
-                if *reference == C::NEG_INFINITY {
-                    // No key seen yet; a NaN stays one.
-                    scores.iter_mut().for_each(|x| *x = if *x == C::NEG_INFINITY { C::ZERO } else { C::NAN });
-                    found.sum[row] += scores.iter().copied().sum::<C>();
-                } else {
-                    found.sum[row] += arch.dispatch(RowExp(scores, *reference));
-                }
+                found.sum[row] += self.weigh(arch, scores, *reference);
             }
             ahead.some();
             let (left, right) =
@@ -298,7 +328,10 @@ impl<'a, C: Real> Stream<'a, C> {
     }
 
     /// Scores, softmax weights, mean keys and, when wanted, second moments.
-    pub fn first_pass(&self, arith: &Arith, moments: bool) -> Weighted<'_, C> {
+    pub fn first_pass(&self, arith: &Arith, moments: bool) -> Weighted<'_, C>
+    where
+        C: FirstPass,
+    {
         let (n, width) = (self.rows.len(), self.width);
         let mut found: Vec<(Found<C>, u64)> = self
             .splits
@@ -306,10 +339,9 @@ impl<'a, C: Real> Stream<'a, C> {
             .with_max_len(1)
             .map(|split| {
                 let arith = Arith::new(self.run.arch);
-                let mut found = self.first_pass_of(&arith, split, moments, false);
-                // Something not finite in a key spoils every row's sums, even that of rows that do not see it.
-                let all = [&found.sum, &found.mean, &found.moments];
-                if !all.iter().all(|values| values.iter().all(|x| x.is_finite())) {
+                let fast = if moments && n == 1 { C::fast(self, &arith, split) } else { None };
+                let mut found = fast.unwrap_or_else(|| self.first_pass_of(&arith, split, moments, false));
+                if !found.is_finite() {
                     found = self.first_pass_of(&arith, split, moments, true);
                 }
                 (found, arith.flop.get())
@@ -323,17 +355,39 @@ impl<'a, C: Real> Stream<'a, C> {
                 *all = if one > *all || one.as_f64().is_nan() { one } else { *all };
             }
         }
+        // Moments can only be added as they are if all are alike.
+        let packed = found.iter().all(|(found, _)| found.packed);
+        for (found, _) in found.iter_mut().filter(|(found, _)| found.packed && !packed) {
+            let Found { mean, moments, cross, .. } = found;
+            C::settle(self, Sums { mean, moments, cross });
+        }
+        // Values that are not finite are for a pass that knows of them.
+        let looked_at_values = found.iter().all(|(one, _)| {
+            let sums = [&one.cross, &one.value_sum];
+            sums.iter().all(|sums| !sums.is_empty() && sums.iter().all(|x| x.is_finite()))
+        });
         let mut all = Weighted {
             stream: self,
             weights: vec![],
+            weighed: false,
             inv_sum: vec![C::ZERO; n],
             key_mean: vec![C::ZERO; n * width],
             moments: vec![],
+            coarse: found.iter().any(|(one, _)| !one.cross.is_empty()),
+            squares: C::ZERO,
+            cross: vec![],
+            value_mean: vec![],
             bad: vec![false; n],
             careful: found.iter().map(|(found, _)| found.careful).collect(),
             reference,
         };
-        let size = if moments { self.dim() * width } else { 0 };
+        let [size, cross_size, value_size] = match &found[..] {
+            [(one, _), ..] if looked_at_values => {
+                [one.moments.len() / n, one.cross.len(), one.value_sum.len()]
+            }
+            [(one, _), ..] => [one.moments.len() / n, 0, 0],
+            [] => [0; 3],
+        };
         // The first split's sums become those of all.
         for (i, (found, _)) in found.iter_mut().enumerate() {
             for row in 0..n {
@@ -342,9 +396,12 @@ impl<'a, C: Real> Stream<'a, C> {
                 let unseen = own == C::NEG_INFINITY && found.sum[row] == C::ZERO;
                 let factor = if unseen { C::ZERO } else { (own - all.reference[row]).exponential() };
                 all.inv_sum[row] += factor * found.sum[row];
+                all.squares += factor * factor * found.squares;
                 let pairs = [
                     (&mut all.key_mean, &mut found.mean, width),
                     (&mut all.moments, &mut found.moments, size),
+                    (&mut all.cross, &mut found.cross, cross_size),
+                    (&mut all.value_mean, &mut found.value_sum, value_size),
                 ];
                 for (all, one, size) in pairs {
                     let one = &mut one[row * size..][..size];
@@ -358,28 +415,22 @@ impl<'a, C: Real> Stream<'a, C> {
             if i == 0 {
                 all.key_mean = std::mem::take(&mut found.mean);
                 all.moments = std::mem::take(&mut found.moments);
+                if looked_at_values {
+                    all.cross = std::mem::take(&mut found.cross);
+                    all.value_mean = std::mem::take(&mut found.value_sum);
+                }
             }
         }
         all.inv_sum.iter_mut().for_each(|sum| *sum = if *sum == C::ZERO { C::ZERO } else { C::ONE / *sum });
+        if packed && !all.moments.is_empty() {
+            let Weighted { key_mean: mean, moments, cross, .. } = &mut all;
+            C::settle(self, Sums { mean, moments, cross });
+        }
         for (mean, &inv) in all.key_mean.chunks_exact_mut(width).zip(&all.inv_sum) {
             mean.iter_mut().for_each(|x| *x *= inv);
         }
-        let reference = &all.reference;
-        all.weights = found
-            .into_par_iter()
-            .with_max_len(1)
-            .map(|(found, _)| {
-                let mut weights = found.scores;
-                for (i, scores) in weights.chunks_exact_mut(TILE).enumerate() {
-                    if reference[i % n] == C::NEG_INFINITY {
-                        scores.fill(C::ZERO);
-                    } else {
-                        self.run.arch.dispatch(RowExp(scores, reference[i % n]));
-                    }
-                }
-                weights
-            })
-            .collect();
+        all.value_mean.iter_mut().for_each(|x| *x *= all.inv_sum[0]);
+        all.weights = found.into_iter().map(|(found, _)| found.scores).collect();
         all
     }
 }

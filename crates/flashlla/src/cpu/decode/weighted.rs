@@ -1,31 +1,62 @@
 //! What follows the first pass: passes over keys, or keys and values, with softmax weights that are known.
 
+use super::amx;
 use super::kernels::{Dots, RootScaled, Weigh};
 use super::stream::{Ahead, MOMENT_ROWS, Row, Stream, add_moments};
 use crate::Real;
 use crate::cpu::TILE;
 use crate::cpu::block::Arith;
 use crate::cpu::product::{Left, Right};
-use crate::cpu::solve::{Matrices, Systems};
+use crate::cpu::rowwise::RowExp;
+use crate::cpu::solve::{MOMENTS_ERROR, Matrices, Systems};
 use rayon::prelude::*;
+
+/// What moments from the matrix unit may do to a residual, or to an output, before the keys themselves are asked.
+const COARSE: f64 = 2e-5;
 
 /// The softmax weights of all rows, and what was summed on the way to them.
 pub struct Weighted<'a, C> {
     pub stream: &'a Stream<'a, C>,
-    /// Of every split, by tile and row, relative to `reference`.
+    /// Of every split, by tile and row, relative to `reference`; scores until they were [weighed](Weighted::weigh).
     pub weights: Vec<Vec<C>>,
+    pub weighed: bool,
     pub reference: Vec<C>,
     pub inv_sum: Vec<C>,
     /// Less the reference key.
     pub key_mean: Vec<C>,
     /// Second moments of the rows, if they were wanted.
     pub moments: Vec<C>,
+    /// Moments of some split come from the matrix unit.
+    pub coarse: bool,
+    /// The sum of squared weights then.
+    pub squares: C,
+    /// `Σ w k vᵀ` with keys less the reference key, `dim` rows, and the mean value. Empty where values were not looked at, or not all
+    /// are finite.
+    pub cross: Vec<C>,
+    pub value_mean: Vec<C>,
     pub bad: Vec<bool>,
     /// Some key of a split is not finite: its rows are read as zeros.
     pub careful: Vec<bool>,
 }
 
 impl<C: Real> Weighted<'_, C> {
+    /// Scores become weights, when they are wanted first.
+    fn weigh(&mut self) {
+        if std::mem::replace(&mut self.weighed, true) {
+            return;
+        }
+        let (n, arch, reference) = (self.stream.rows.len(), self.stream.run.arch, &self.reference);
+        self.weights.par_iter_mut().with_max_len(1).for_each(|scores| {
+            for (i, scores) in scores.chunks_exact_mut(TILE).enumerate() {
+                if reference[i % n] == C::NEG_INFINITY {
+                    scores.fill(C::ZERO);
+                } else {
+                    arch.dispatch(RowExp(scores, reference[i % n]));
+                }
+            }
+        });
+    }
+
     /// One pass over the keys and, when `values` is theirs, the values. For every row named with its vector `d` and number
     /// `shift`, the sum over `j` of `w_j (sign (d·k_j − shift) + one)` times key or value `j`, and the sum of the weights alone.
     fn pass(
@@ -125,7 +156,11 @@ impl<C: Real> Weighted<'_, C> {
     }
 
     /// `Σ_j p_j (1 − (k_j − k̄)·x) v_j` of every row, rows of `width` numbers.
-    pub fn outputs(&self, arith: &Arith, x: &[C], width: usize) -> Vec<C> {
+    pub fn outputs(&mut self, arith: &Arith, x: &[C], width: usize) -> Vec<C> {
+        if !self.cross.is_empty() && self.reach(arith, x) * self.epsilon() <= COARSE {
+            return self.outputs_of_moments(arith, x, width);
+        }
+        self.weigh();
         let all: Vec<usize> = (0..self.stream.rows.len()).collect();
         let mut shift: Vec<C> = x
             .chunks_exact(self.stream.width)
@@ -149,6 +184,30 @@ impl<C: Real> Weighted<'_, C> {
     }
 }
 
+impl<C: Real> Weighted<'_, C> {
+    /// What moments from the matrix unit are off by: errors of single terms cancel over as many keys as share the weight.
+    fn epsilon(&self) -> f64 {
+        amx::EPSILON * self.squares.as_f64().sqrt() * self.inv_sum[0].as_f64()
+    }
+
+    /// The largest product of a probe's norm and about that of the farthest key.
+    fn reach(&self, arith: &Arith, x: &[C]) -> f64 {
+        let longest = x.chunks_exact(self.stream.width).map(|x| arith.dot(x, x).as_f64()).fold(0.0, f64::max);
+        longest.sqrt() * self.stream.longest.as_f64()
+    }
+
+    /// `v̄ − Cov(v, k) x`, for one row.
+    fn outputs_of_moments(&self, arith: &Arith, x: &[C], width: usize) -> Vec<C> {
+        let inv = self.inv_sum[0];
+        let shift = arith.dot(x, &self.key_mean);
+        let mut out: Vec<C> = self.value_mean.iter().map(|&mean| mean + shift * mean).collect();
+        for (cross, &x) in self.cross.chunks_exact(width).zip(x) {
+            arith.combine(&mut out, C::ONE, -(x * inv), cross);
+        }
+        out
+    }
+}
+
 impl<C: Real> Matrices<C> for Weighted<'_, C> {
     fn rows(&self) -> usize {
         self.stream.rows.len()
@@ -167,6 +226,7 @@ impl<C: Real> Matrices<C> for Weighted<'_, C> {
     }
 
     fn apply(&mut self, arith: &Arith, systems: &Systems<C>, rows: &[usize], d: &[C], out: &mut [C]) {
+        self.weigh();
         let width = self.stream.width;
         let mean = |row: usize| &self.key_mean[row * width..][..width];
         let shift: Vec<C> =
@@ -186,6 +246,10 @@ impl<C: Real> Matrices<C> for Weighted<'_, C> {
         false
     }
 
+    fn moments_error(&self) -> [f64; 2] {
+        if self.coarse { [self.epsilon(), COARSE] } else { MOMENTS_ERROR.map(|x| x * C::EPSILON.as_f64()) }
+    }
+
     fn second_moments(&mut self, arith: &Arith, rows: &[usize], matrices: &mut [C]) {
         let (stream, width, dim, all) =
             (self.stream, self.stream.width, self.stream.dim(), self.stream.rows.len());
@@ -195,7 +259,9 @@ impl<C: Real> Matrices<C> for Weighted<'_, C> {
             }
             return;
         }
-        let parts: Vec<(Vec<C>, u64)> = stream
+        self.weigh();
+        let parts: Vec<(Vec<C>, u64)> = self
+            .stream
             .splits
             .par_iter()
             .with_max_len(1)
