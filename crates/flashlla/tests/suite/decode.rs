@@ -116,11 +116,15 @@ impl Setup {
     }
 
     pub fn decode_as(&self, dtype: Dtype, data: &Data) -> Decoded {
+        self.decode_on(&Cpu::new(), dtype, data)
+    }
+
+    pub fn decode_on(&self, cpu: &Cpu, dtype: Dtype, data: &Data) -> Decoded {
         match dtype {
-            Dtype::F64 => self.decode::<f64>(&Cpu::new(), data),
-            Dtype::F32 => self.decode::<f32>(&Cpu::new(), data),
-            Dtype::Bf16 => self.decode::<bf16>(&Cpu::new(), data),
-            Dtype::F16 => self.decode::<f16>(&Cpu::new(), data),
+            Dtype::F64 => self.decode::<f64>(cpu, data),
+            Dtype::F32 => self.decode::<f32>(cpu, data),
+            Dtype::Bf16 => self.decode::<bf16>(cpu, data),
+            Dtype::F16 => self.decode::<f16>(cpu, data),
         }
     }
 
@@ -356,14 +360,13 @@ fn one_query_against_many_keys() {
                 }
                 let want = setup.reference(&data);
                 for dtype in Dtype::ALL {
-                    let what = format!("{dtype:?} {head_dim} {value_dim} {mean} {page_size:?}");
-                    assert_decoded(
-                        &what,
-                        &setup.decode_as(dtype, &data),
-                        &want,
-                        Tolerance::promised(dtype, false),
-                        ridge,
-                    );
+                    for (cpu, unit) in [(Cpu::new(), "any"), (Cpu::new().without_matrix_unit(), "none")] {
+                        let what = format!(
+                            "{dtype:?} {head_dim} {value_dim} {mean} {page_size:?}, matrix unit: {unit}"
+                        );
+                        let got = setup.decode_on(&cpu, dtype, &data);
+                        assert_decoded(&what, &got, &want, Tolerance::promised(dtype, false), ridge);
+                    }
                 }
             }
         }
