@@ -3,8 +3,8 @@
 use super::*;
 
 impl Checks {
-    /// Keys on a random walk, far apart for a small ridge: no solve gets there in this arithmetic. What comes out is finite, and no
-    /// larger than what an exact solve gives, or softmax, where a solve was dropped.
+    /// Keys on a random walk, far apart for a small ridge. What comes out is finite, and no larger than what an exact solve gives, or
+    /// softmax, where a solve was dropped.
     pub fn ill_conditioned(&self) {
         let (mut cases, mut failed, mut largest) = (0, 0, 0f64);
         for &dtype in &self.dtypes {

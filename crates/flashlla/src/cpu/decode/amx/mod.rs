@@ -42,6 +42,7 @@ impl Unit {
 pub const EPSILON: f64 = 1.0 / (1 << 18) as f64;
 
 /// Second moments and products with values as [`FirstPass::fast`] leaves them.
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "there is no unit that leaves any"))]
 pub struct Sums<'a, C> {
     /// Keys, summed with their weights.
     pub mean: &'a [C],
