@@ -25,7 +25,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     };
     let variants = flashlla_kernels::variants::with_tiles(tiles);
-    let list: Vec<_> = variants.into_iter().filter(|v| is_named(&v.name, names)).collect();
+    let patterns: Vec<&str> = names.split(',').collect();
+    if let Some(idle) = patterns.iter().find(|pattern| !variants.iter().any(|v| fits(&v.name, pattern))) {
+        return Err(format!("no kernel is named {idle}").into());
+    }
+    let list: Vec<_> =
+        variants.into_iter().filter(|v| patterns.iter().any(|pattern| fits(&v.name, pattern))).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let next = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| -> Result<(), Box<dyn Error>> {
@@ -69,13 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Whether a name fits one of the patterns.
-fn is_named(name: &str, patterns: &str) -> bool {
-    patterns.split(',').any(|pattern| {
-        let mut rest = Some(name);
-        for piece in pattern.split('*') {
-            rest = rest.and_then(|rest| rest.split_once(piece)).map(|(_, rest)| rest);
-        }
-        rest.is_some()
-    })
+/// Whether a name holds all pieces of a pattern, in order.
+fn fits(name: &str, pattern: &str) -> bool {
+    pattern.split('*').try_fold(name, |rest, piece| Some(rest.split_once(piece)?.1)).is_some()
 }

@@ -41,12 +41,14 @@ pub trait Matrices<C: Real> {
     /// What entries of [`Matrices::second_moments`] are off by, relative to terms of their sums, and the relative residual that this may
     /// leave before it is looked at.
     fn moments_error(&self) -> [f64; 2] {
-        MOMENTS_ERROR.map(|x| x * C::EPSILON.as_f64())
+        rounding::<C>()
     }
 }
 
-/// Of sums in the type of arithmetic, in units of ε: a residual of 16 ε is near what refinement would leave.
-pub const MOMENTS_ERROR: [f64; 2] = [1.0, 16.0];
+/// [`Matrices::moments_error`] of sums in the type of arithmetic: a residual of 16 ε is near what refinement would leave.
+pub fn rounding<C: Real>() -> [f64; 2] {
+    [1.0, 16.0].map(|x| x * C::EPSILON.as_f64())
+}
 
 /// A block's softmax weights and its buffer for a tile of products.
 pub struct Block<'a, 'b, C> {

@@ -2,6 +2,12 @@
 
 use super::*;
 
+/// Names of the results that hold something that is not finite.
+fn not_finite(results: &Results) -> Vec<&'static str> {
+    let named = results.named().into_iter();
+    named.filter(|(_, tensor)| tensor.data().iter().any(|x| !x.is_finite())).map(|(name, _)| name).collect()
+}
+
 impl Checks {
     /// Keys on a random walk, far apart for a small ridge. What comes out is finite, and no larger than what an exact solve gives, or
     /// softmax, where a solve was dropped.
@@ -30,12 +36,7 @@ impl Checks {
                     failed += 1;
                     continue;
                 };
-                let bad: Vec<&str> = got
-                    .named()
-                    .into_iter()
-                    .filter(|(_, tensor)| tensor.data().iter().any(|x| !x.is_finite()))
-                    .map(|(name, _)| name)
-                    .collect();
+                let bad = not_finite(&got);
                 let exact = run_as(Dtype::F64, Cpu::default(), &attention, &data).out;
                 let size = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
                 let times = size(got.out.data()) / size(exact.data()).max(size(data.v.data()));
@@ -82,12 +83,7 @@ impl Checks {
                     continue;
                 };
                 let want = run_as(Dtype::F64, Cpu::default(), &attention, &data);
-                let bad: Vec<&str> = got
-                    .named()
-                    .into_iter()
-                    .filter(|(_, tensor)| tensor.data().iter().any(|x| !x.is_finite()))
-                    .map(|(name, _)| name)
-                    .collect();
+                let bad = not_finite(&got);
                 let rows = got.dq.data().chunks(32).zip(want.dq.data().chunks(32)).enumerate();
                 let error = rows
                     .filter(|(row, _)| power(*row) <= 8)

@@ -131,7 +131,7 @@ impl<T: Element, C: Real> WithSimd for Read<'_, T, C> {
 }
 
 #[inline(always)]
-pub fn prefetch<T>(place: *const T) {
+fn prefetch<T>(place: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch of any address is no access.
     unsafe {

@@ -8,7 +8,7 @@ use crate::cpu::TILE;
 use crate::cpu::block::Arith;
 use crate::cpu::product::{Left, Right};
 use crate::cpu::rowwise::RowExp;
-use crate::cpu::solve::{MOMENTS_ERROR, Matrices, Systems};
+use crate::cpu::solve::{Matrices, Systems, rounding};
 use rayon::prelude::*;
 
 /// What moments from the matrix unit may do to a residual, or to an output, before the keys themselves are asked.
@@ -247,7 +247,7 @@ impl<C: Real> Matrices<C> for Weighted<'_, C> {
     }
 
     fn moments_error(&self) -> [f64; 2] {
-        if self.coarse { [self.epsilon(), COARSE] } else { MOMENTS_ERROR.map(|x| x * C::EPSILON.as_f64()) }
+        if self.coarse { [self.epsilon(), COARSE] } else { rounding::<C>() }
     }
 
     fn second_moments(&mut self, arith: &Arith, rows: &[usize], matrices: &mut [C]) {
