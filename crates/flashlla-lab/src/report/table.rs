@@ -112,7 +112,7 @@ impl Table {
         }
         writer.write_record(None::<&[u8]>)?;
         for row in &self.rows {
-            for cell in row {
+            for (i, cell) in row.iter().enumerate() {
                 match cell {
                     Cell::Text(text) => writer.write_field(text)?,
                     Cell::Count(count) => writer.write_field(count.to_string())?,
@@ -121,6 +121,10 @@ impl Table {
                         writer.write_field(mean.to_string())?;
                         writer.write_field(spread.to_string())?;
                     }
+                }
+                // Words in a column of means, such as "diverged", or nothing where nothing was run.
+                if spread(i) && !matches!(cell, Cell::Spread(..)) {
+                    writer.write_field("")?;
                 }
             }
             writer.write_record(None::<&[u8]>)?;
@@ -168,6 +172,15 @@ mod tests {
         assert!(shown.starts_with("Title\n") && shown.contains("0.3861 ± 0.012"), "{shown}");
         let csv = String::from_utf8(table.to_csv().unwrap()).unwrap();
         assert_eq!(csv, "head,lla_error,lla_error_spread\n\"a, b\",0.38612,0.0123\n");
+    }
+
+    #[test]
+    fn a_row_that_has_words_where_others_have_means_is_as_long_in_csv() {
+        let mut table = Table::new("t", "Title", &["width", "LLA", "softmax"]);
+        table.push(["64".into(), Cell::Spread(0.5, 0.25), "diverged".into()]);
+        table.push(["128".into(), "".into(), Cell::Spread(0.75, 0.0)]);
+        let csv = String::from_utf8(table.to_csv().unwrap()).unwrap();
+        assert_eq!(csv, "width,lla,lla_spread,softmax,softmax_spread\n64,0.5,0.25,diverged,\n128,,,0.75,0\n");
     }
 
     #[test]
