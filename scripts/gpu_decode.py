@@ -15,19 +15,21 @@ from gpu_kernels import NAMES, Kernels, aligned, error, f32, graph_ms, i32, i64,
 
 BLOCKS = {64: 264, 128: 132}  # tile blocks that an H100 runs at a time
 FEW = 4  # up to so many splits are folded by the merge itself
+COSTS = {64: (0.10, 0.24, 90e3), 128: (0.27, 0.45, 130e3)}  # of moments, passes and launches, as in crates/flashlla/src/cuda/decode_shared.rs
 failures = 0
 
 
 def variant(kernels, entry, dtype, d, paged, page_size):
-    """(name, keys of a tile): the largest tile that pages are multiples of."""
+    """(name, keys of a tile): for the largest pages that these are multiples of."""
     found = []
     for name in kernels.names:
-        if match := re.fullmatch(rf"{entry}_{NAMES[dtype]}_n(\d+)_d{d}_p{int(paged)}", name):
-            if not paged or page_size % int(match[1]) == 0:
-                found.append((int(match[1]), name))
+        if match := re.fullmatch(rf"{entry}_{NAMES[dtype]}_n(\d+)_d{d}_p(\d+)", name):
+            pages = int(match[2])
+            if page_size % pages == 0 if paged and pages else not paged and not pages:
+                found.append((pages, name, int(match[1])))
     if not found:
         raise KeyError(f"no {entry} for {dtype} d={d} paged={paged} pages of {page_size} in {kernels.folder}")
-    return max(found)[::-1]
+    return max(found)[1:]
 
 
 def plan(rows, tiles, wanted):
@@ -36,10 +38,47 @@ def plan(rows, tiles, wanted):
     return max(2, min(256, -(-tiles // max(1, wanted // rows))), -(-tiles // 64))
 
 
+class Shared:
+    """Launches for queries that share a KV head: passes over the cache for 16 of them at once, and a step after each. `todo` says which
+    queries are left to the moments."""
+
+    def __init__(self, kernels, q, k, v, lengths, lam, scale, table, options, window, probe, out, lse, key_mean, iterations, relative, save):
+        batch, heads, t, d = q.shape
+        pages, kv_heads, page_size, dv = v.shape
+        pad, dev, kind = (64 if max(d, dv) <= 64 else 128), q.device, NAMES[q.dtype]
+        passes = [variant(kernels, f"lla_decode_pass{n}", q.dtype, pad, table is not None, page_size) for n in range(3)]
+        bn, queries = passes[0][1], heads // kv_heads * t
+        tiles = batch * kv_heads * -(-queries // 16)
+        width = 1 if table is None else table.shape[1]
+        keys = -(-min(int(lengths.max()), page_size * width) // bn)
+        keys = max(1, keys if window is None else min(keys, -(-(window + t) // bn) + 1))
+        step = max(4, -(-keys // max(1, (528 if pad == 64 else 792) // tiles)))
+        splits, limit = -(-keys // step), max(3, min(10, queries * pad // 64))
+        empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, device=dev, dtype=dtype)
+        sums, parts, record = empty(tiles, splits, 2, pad, 16), empty(tiles, splits, 4, 16), empty(tiles, 16, 16)
+        vectors, kept = empty(tiles, 3, pad, 16, dtype=q.dtype), empty(tiles, 3, pad, 16)
+        live, self.todo = empty(tiles, dtype=torch.int32), empty(batch * heads * t, dtype=torch.int32)
+        where = [i32(options), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width)]
+        rowed = lambda x: [i64(x.stride(0)), i32(x.stride(1)), i32(x.stride(2))]
+        paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
+        of_pass = ([ptr(x) for x in (q, k, v, table, lengths, sums, parts, vectors, record, live, scale)] + where
+                   + [i32(width), i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [i32(0)])
+        of_step = ([ptr(x) for x in (q, lengths, sums, parts, vectors, record, kept, live, self.todo, lam, out, lse, key_mean, probe, iterations, relative)]
+                   + where + [i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + [i32(x) for x in lam.stride()] + rowed(out)
+                   + [f32(1.2e-3**2), f32(1e-3**2)])
+
+        def turn(n, left):
+            return [(passes[n][0], "lla_decode_pass", (tiles, splits), of_pass),
+                    (f"lla_decode_step{n}_{kind}_d{pad}", "lla_decode_step", (tiles,), of_step + [i32(left), i32(save), i32(save)])]
+        between = [] if options & 16 else [launch for left in reversed(range(limit)) for launch in turn(1, left)]
+        self.launches = turn(0, limit) + between + turn(2, 0)
+        self.keep = (sums, parts, vectors, record, kept, live)
+
+
 class Decode:
     """Buffers and launch arguments of one shape. `k`, `v`: pools [pages, kv_heads, page_size, d]; contiguous without a table."""
 
-    def __init__(self, kernels, q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None, split_tiles=None, state=True):
+    def __init__(self, kernels, q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None, split_tiles=None, state=True, shared=None):
         self.kernels = kernels
         batch, heads, t, d = q.shape
         pages, kv_heads, page_size, dv = v.shape
@@ -67,14 +106,20 @@ class Decode:
         where = [i32(0), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width)]
         rowed = lambda x: [i64(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
+        queries, (of_moments, of_passes, of_steps) = heads // kv_heads * t, COSTS[pad]
+        together = (of_moments * queries - of_passes * -(-queries // 16)) * batch * kv_heads * tiles * bn > of_steps if shared is None else shared
+        self.shared = Shared(kernels, q, k, v, lengths, lam, scale, table, options, window, self.probe, self.out, self.lse, self.key_mean, self.iterations,
+                             self.relative, state) if together and q.dtype != torch.float32 else None
+        todo = self.shared.todo if self.shared else None
+        options |= 256 * bool(self.shared)
         self.split = (split, "lla_decode_split", (rows, splits),
-                      [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(scale), i32(options)] + where
+                      [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(scale), ptr(todo), i32(options)] + where
                       + [i32(width), i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [i32(0)])
         self.fold = (f"lla_decode_fold_d{pad}", "lla_decode_fold", (rows, pad + 1),
-                     [ptr(lengths), ptr(moments), ptr(parts), i32(options)] + where + [i32(splits), i32(step * bn), i32(bn)])
+                     [ptr(lengths), ptr(moments), ptr(parts), ptr(todo), i32(options)] + where + [i32(splits), i32(step * bn), i32(bn)])
         self.merge = (f"lla_decode_merge_{NAMES[q.dtype]}_d{pad}", "lla_decode_merge", (rows,),
                       [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
-                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), i32(options + 64 * (table is not None) + 128 * (1 < splits <= FEW))] + where
+                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), ptr(todo), i32(options + 64 * (table is not None) + 128 * (1 < splits <= FEW))] + where
                       + [i32(width), i32(pages), i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
                       + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
                       + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
@@ -82,6 +127,8 @@ class Decode:
         self.keep = (q, k, v, table, lengths, moments, parts, scale, lam)
 
     def __call__(self):
+        for launch in self.shared.launches if self.shared else []:
+            self.kernels(*launch)
         self.kernels(*self.split)
         if self.splits > FEW:
             self.kernels(*self.fold)
@@ -141,7 +188,8 @@ def compare(kernels, what, q, k, v, lengths, ridge, limit, **args):
     errors = dict(out=error(got.out, want), lse=error(got.lse[seen], lse[seen]) if bool(seen.any()) else 0.0)
     if not torch.equal(torch.isneginf(got.lse), ~seen):
         errors["rows that see nothing"] = math.nan
-    line(f"{what} ({got.splits} splits, {got.iterations.float().mean():.1f} steps)", errors, limit)
+    left = f", {got.shared.todo.float().mean():.0%} by moments" if got.shared else ""
+    line(f"{what} ({got.splits} splits, {got.iterations.float().mean():.1f} steps{left})", errors, limit)
     return got
 
 
@@ -168,11 +216,21 @@ def check(kernels):
                     if mean:
                         q = (q + k[:, :, :1].float()).bfloat16()
                     compare(kernels, f"bf16 d{d} ridge {ridge} mean {mean} {m} keys", q, k, v, [m, (m + 1) // 2], ridge, limit)
+        for ridge, limit in ((10.0, 2.5e-3), (1.0, 2.5e-3), (0.1, 5e-3)):
+            for mean in (0.0, 10.0):
+                for m in (1, 3, 100, 1000, 5000, 40000):
+                    q, k, v = tensors(2, 16, 2, 1, m, d, d, torch.bfloat16, mean)
+                    if mean:
+                        q = (q + k[:, :, :1].repeat_interleave(8, 1).float()).bfloat16()
+                    compare(kernels, f"bf16 d{d} ridge {ridge} mean {mean} {m} keys, groups of 8", q, k, v, [m, (m + 1) // 2], ridge, limit)
         for ridge in (10.0, 1.0, 0.1):
-            q, k, v = tensors(2, 4, 4, 1, 4000, d, d, torch.bfloat16, kind="anisotropic")
-            compare(kernels, f"bf16 d{d} ridge {ridge} anisotropic", q, k, v, [4000, 300], ridge, 5e-3)
+            for group in (1, 4):
+                q, k, v = tensors(2, 4, 4 // group, 1, 4000, d, d, torch.bfloat16, kind="anisotropic")
+                compare(kernels, f"bf16 d{d} ridge {ridge} anisotropic, groups of {group}", q, k, v, [4000, 300], ridge, 5e-3)
         q, k, v = tensors(2, 4, 4, 1, 4000, d, d, torch.bfloat16)
-        compare(kernels, f"bf16 d{d} logits five times as wide", q * 5, k, v, [4000, 300], 1.0, 5e-3)
+        for factor in (5, 100):
+            compare(kernels, f"bf16 d{d} logits {factor} times as wide", q * factor, k, v, [4000, 300], 1.0, 5e-3)
+            compare(kernels, f"bf16 d{d} logits {factor} times as wide, groups of 4", q * factor, k[:, :1], v[:, :1], [4000, 300], 1.0, 5e-3)
         k[:, :, :64], v[:, :, :64] = k[:, :, :64] / 256, 0
         compare(kernels, f"bf16 d{d} first keys near 0, first values 0", q, k, v, [4000, 300], 1.0, 5e-3)
         q, k, v = tensors(3, 8, 2, 5, 700, d, d, torch.bfloat16)
@@ -187,8 +245,9 @@ def check(kernels):
     for dtype in (torch.float16, torch.float32):
         for d, dv in ((64, 64), (40, 64), (128, 72)):
             try:
-                q, k, v = tensors(2, 4, 4, 1, 1000, d, dv, dtype)
-                compare(kernels, f"{NAMES[dtype]} d{d} dv{dv}", q, k, v, [1000, 77], 1.0, 2e-3)
+                for group in (1, 4):
+                    q, k, v = tensors(2, 4, 4 // group, 1, 1000, d, dv, dtype)
+                    compare(kernels, f"{NAMES[dtype]} d{d} dv{dv}, groups of {group}", q, k, v, [1000, 77], 1.0, 2e-3)
             except KeyError as e:
                 print("skipped:", e)
     for d in (64, 128):
@@ -210,13 +269,13 @@ def copy_rate():
 
 def timings(kernels, quick=False):
     rate = copy_rate()
-    print(f"\ndevice copy {rate / 1e12:.2f} TB/s (read and written); milliseconds\n| B, KV heads, D, group, context | decode | split, fold, merge | share of copy rate | SDPA | ratio | error |")
+    print(f"\ndevice copy {rate / 1e12:.2f} TB/s (read and written); milliseconds\n| B, KV heads, D, group, context | decode | by moments / together | share of copy rate | SDPA | ratio | error |")
     print("|---|---|---|---|---|---|---|")
     shapes = []
     for d in (64, 128):
         for batch in (1, 32):
             for m in ((16384, 131072) if quick else (512, 2048, 8192, 16384, 32768, 131072)):
-                shapes += [(batch, d, group, m) for group in ((1,) if quick or m not in (512, 16384) else (1, 4, 8))]
+                shapes += [(batch, d, group, m) for group in ((1, 8) if quick else (1, 2, 4, 8))]
     for batch, d, group, m in shapes:
         if batch * 8 * m * d * 4 > 36e9:
             continue
@@ -231,14 +290,40 @@ def timings(kernels, quick=False):
             print("skipped:", e)
             continue
         ms = graph_ms(run)
-        parts = kernels.times(run)
+        each = Decode(kernels, q, k, v, lengths, 1.0, shared=False) if group > 1 else run
+        together = run if run.shared else Decode(kernels, q, k, v, lengths, 1.0, shared=True)
+        others = f"{graph_ms(each):.4f} / {graph_ms(together):.4f}"
         sdpa = graph_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1))
         few = slice(0, 1), slice(0, group)
         want, _ = reference(q[few], k[few[0], :1], v[few[0], :1], lengths, 1.0)
         bytes_ = k.numel() * 4
-        print(f"| {batch}, 8, {d}, {group}, {m} | {ms:.4f} | {" / ".join(f"{ms:.4f}" for _, ms in parts)} ({run.splits} splits, {run.iterations.float().mean():.1f} steps) "
+        left = f", {together.shared.todo.float().mean():.0%} by moments" if together.shared else ""
+        print(f"| {batch}, 8, {d}, {group}, {m} | {ms:.4f} | {others} ({run.splits} splits, {run.iterations.float().mean():.1f} steps{left}) "
               f"| {bytes_ / ms * 1e3 / rate:.2f} | {sdpa:.4f} | {ms / sdpa:.2f} | {error(run.out[few], want):.1e} |", flush=True)
-        del run, k, v
+        del run, each, together, k, v
+
+
+def page_timings(kernels):
+    """The same with a block table, pages in random order, beside a contiguous cache."""
+    print("\n| B, KV heads, D, group, context | contiguous | pages of 16 | of 64 | errors |\n|---|---|---|---|---|")
+    for d in (64, 128):
+        for group in (1, 8):
+            batch, m = 32, 16384
+            k, v = (torch.randn(batch, 8, m, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            q, lengths = torch.randn(batch, 8 * group, 1, d, device="cuda").bfloat16(), torch.full((batch,), m)
+            want = Decode(kernels, q, k, v, lengths, 1.0)
+            times, errors = [graph_ms(want)], []
+            for page in (16, 64):
+                table = torch.randperm(batch * m // page, device="cuda").view(batch, -1).int()
+                pools = []
+                for x in (k, v):
+                    pool = torch.empty(batch * m // page, 8, page, d, device="cuda", dtype=x.dtype)
+                    pool[table.flatten().long()] = x.view(batch, 8, -1, page, d).transpose(1, 2).flatten(0, 1)
+                    pools.append(pool)
+                run = Decode(kernels, q, *pools, lengths, 1.0, table=table)
+                times.append(graph_ms(run))
+                errors.append(error(run.out, want.out))
+            print(f"| {batch}, 8, {d}, {group}, {m} | " + " | ".join(f"{ms:.4f}" for ms in times) + " | " + " ".join(f"{e:.1e}" for e in errors) + " |", flush=True)
 
 
 def main():
@@ -250,6 +335,7 @@ def main():
         print(f"{failures} failed" if failures else "all passed")
     if "--no-time" not in sys.argv:
         timings(kernels, "--quick" in sys.argv)
+        page_timings(kernels)
     sys.exit(failures > 0)
 
 

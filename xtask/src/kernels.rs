@@ -34,15 +34,15 @@ pub struct Variant {
     pub name: String,
     pub entry: String,
     pub dtype: String,
-    /// bm, bn, d, high, bias, aligned, tensor, paged
-    pub numbers: [u32; 8],
+    /// bm, bn, d, high, bias, aligned, tensor, page_keys, kind
+    pub numbers: [u32; 9],
 }
 
 impl Variant {
     fn parse(line: &str) -> Result<Self> {
         let f: Vec<&str> = line.split('\t').collect();
-        ensure!(f.len() == 11, "unexpected line from the kernel compiler: {line:?}");
-        let mut numbers = [0; 8];
+        ensure!(f.len() == 12, "unexpected line from the kernel compiler: {line:?}");
+        let mut numbers = [0; 9];
         for (n, s) in numbers.iter_mut().zip(&f[3..]) {
             *n = s.parse().with_context(|| format!("unexpected number {s:?} from the kernel compiler"))?;
         }

@@ -41,11 +41,20 @@ pub mod decode {
         pages: i32,
     ) -> i32 {
         let mut page: i32 = batch;
-        if PAGED == 1i32 {
+        if PAGED != 0i32 {
             page = load_integer(slice::<i32>(table, wide(batch) * wide(width) + wide(key / page_size)));
             page = min(max(page, 0i32), pages - 1i32);
         }
         page
+    }
+
+    /// Whether a query's moments are wanted: under option 256 only where `todo` says so.
+    pub unsafe fn is_wanted(options: i32, todo: *mut i32, row: i32) -> bool {
+        let mut what: i32 = 1i32;
+        if (options & 256i32) != 0i32 {
+            what = load_integer(slice::<i32>(todo, wide(row)));
+        }
+        what != 0i32
     }
 
     /// A row of up to `D` numbers.
@@ -76,6 +85,34 @@ pub mod decode {
         let view: Tensor<E, { [-1, -1, -1] }> =
             make_tensor_view(slice_aligned::<E>(ptr, at), shape, strides, new_token_unordered());
         view
+    }
+
+    /// `BN` = 64 keys or values from `key` on, where pages hold 16 or 32.
+    pub unsafe fn four_parts<E: ElementType, const BN: i32, const D: i32>(
+        parts: &Partition<E, { [1, 16, D] }>,
+        table: *mut i32,
+        width: i32,
+        batch: i32,
+        key: i32,
+        page_size: i32,
+        pages: i32,
+    ) -> Tile<E, { [BN, D] }> {
+        let last: i32 = width * page_size - 16i32;
+        let k1: i32 = min(key + 16i32, last);
+        let k2: i32 = min(key + 32i32, last);
+        let k3: i32 = min(key + 48i32, last);
+        let p0: i32 = page_of::<1>(table, width, batch, key, page_size, pages);
+        let p1: i32 = page_of::<1>(table, width, batch, k1, page_size, pages);
+        let p2: i32 = page_of::<1>(table, width, batch, k2, page_size, pages);
+        let p3: i32 = page_of::<1>(table, width, batch, k3, page_size, pages);
+        let x0: Tile<E, { [1, 16, D] }> = parts.load([p0, key % page_size / 16i32, 0i32]);
+        let x1: Tile<E, { [1, 16, D] }> = parts.load([p1, k1 % page_size / 16i32, 0i32]);
+        let x2: Tile<E, { [1, 16, D] }> = parts.load([p2, k2 % page_size / 16i32, 0i32]);
+        let x3: Tile<E, { [1, 16, D] }> = parts.load([p3, k3 % page_size / 16i32, 0i32]);
+        let x01: Tile<E, { [1, 32, D] }> = cat(x0, x1, 1i32);
+        let x23: Tile<E, { [1, 32, D] }> = cat(x2, x3, 1i32);
+        let x: Tile<E, { [1, 64, D] }> = cat(x01, x23, 1i32);
+        x.reshape(const_shape![BN, D])
     }
 
     /// A number as a tile.
@@ -196,5 +233,151 @@ pub mod decode {
         let there: Tile<bool, { [64] }> = lt_tile(there, broadcast_scalar(used, const_shape![64]));
         let never: Tile<f32, { [64] }> = constant(-1.0e30f32, const_shape![64]);
         select(there, m, never)
+    }
+
+    /// 16 queries from query `start` of the `count` of a KV head (`t` per query head), as columns, zero past the last.
+    pub unsafe fn queries<E: ElementType, const D: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        start: i32,
+        count: i32,
+        t: i32,
+        head_stride: i32,
+        row_stride: i32,
+        cols: i32,
+    ) -> Tile<E, { [D, 16] }> {
+        let (offset, mask): (Tile<i32, { [D, 16] }>, Tile<bool, { [D, 16] }>) =
+            places::<D>(start, count, t, head_stride, row_stride, cols);
+        let one: PointerTile<*mut E, { [1, 1] }> = base.reshape(const_shape![1, 1]);
+        let all: PointerTile<*mut E, { [D, 16] }> = one.broadcast(const_shape![D, 16]);
+        let ptrs: PointerTile<*mut E, { [D, 16] }> = all.offset_tile(offset);
+        let zero: Tile<E, { [D, 16] }> = constant(E::ZERO, const_shape![D, 16]);
+        let (x, _token): (Tile<E, { [D, 16] }>, Token) = load_ptr_tko(
+            ptrs,
+            ordering::Weak,
+            None::<scope::TileBlock>,
+            Some(mask),
+            None,
+            None,
+            Latency::<0>,
+        );
+        select(mask, x, zero)
+    }
+
+    /// Writes such columns.
+    pub unsafe fn store_queries<E: ElementType, const D: i32>(
+        base: PointerTile<*mut E, { [] }>,
+        start: i32,
+        count: i32,
+        t: i32,
+        head_stride: i32,
+        row_stride: i32,
+        cols: i32,
+        x: Tile<E, { [D, 16] }>,
+    ) {
+        let (offset, mask): (Tile<i32, { [D, 16] }>, Tile<bool, { [D, 16] }>) =
+            places::<D>(start, count, t, head_stride, row_stride, cols);
+        let one: PointerTile<*mut E, { [1, 1] }> = base.reshape(const_shape![1, 1]);
+        let all: PointerTile<*mut E, { [D, 16] }> = one.broadcast(const_shape![D, 16]);
+        let ptrs: PointerTile<*mut E, { [D, 16] }> = all.offset_tile(offset);
+        store_ptr_tko(ptrs, x, ordering::Weak, None::<scope::TileBlock>, Some(mask), None, Latency::<0>);
+    }
+
+    /// Where these columns' numbers lie, and which there are.
+    pub fn places<const D: i32>(
+        start: i32,
+        count: i32,
+        t: i32,
+        head_stride: i32,
+        row_stride: i32,
+        cols: i32,
+    ) -> (Tile<i32, { [D, 16] }>, Tile<bool, { [D, 16] }>) {
+        let r: Tile<i32, { [16] }> = iota(const_shape![16]);
+        let r: Tile<i32, { [16] }> = r + broadcast_scalar(start, const_shape![16]);
+        let there: Tile<bool, { [16] }> = lt_tile(r, broadcast_scalar(count, const_shape![16]));
+        let g: Tile<i32, { [16] }> = r / broadcast_scalar(t, const_shape![16]);
+        let i: Tile<i32, { [16] }> = r - g * broadcast_scalar(t, const_shape![16]);
+        let at: Tile<i32, { [16] }> = g * broadcast_scalar(head_stride, const_shape![16])
+            + i * broadcast_scalar(row_stride, const_shape![16]);
+        let at: Tile<i32, { [D, 16] }> = at.reshape(const_shape![1, 16]).broadcast(const_shape![D, 16]);
+        let there: Tile<bool, { [D, 16] }> =
+            there.reshape(const_shape![1, 16]).broadcast(const_shape![D, 16]);
+        let col: Tile<i32, { [D] }> = iota(const_shape![D]);
+        let col: Tile<i32, { [D, 16] }> = col.reshape(const_shape![D, 1]).broadcast(const_shape![D, 16]);
+        (at + col, there & lt_tile(col, broadcast_scalar(cols, const_shape![D, 16])))
+    }
+
+    /// Which of its sequence's new tokens each of 16 queries is.
+    pub fn new_tokens(start: i32, t: i32) -> Tile<i32, { [1, 16] }> {
+        let r: Tile<i32, { [16] }> = iota(const_shape![16]);
+        let r: Tile<i32, { [16] }> = r + broadcast_scalar(start, const_shape![16]);
+        let g: Tile<i32, { [16] }> = r / broadcast_scalar(t, const_shape![16]);
+        let i: Tile<i32, { [16] }> = r - g * broadcast_scalar(t, const_shape![16]);
+        i.reshape(const_shape![1, 16])
+    }
+
+    /// First key that each of 16 queries sees.
+    pub fn first_seen(options: i32, start: i32, length: i32, t: i32, window: i32) -> Tile<i32, { [1, 16] }> {
+        let zero: Tile<i32, { [1, 16] }> = constant(0i32, const_shape![1, 16]);
+        let mut x: Tile<i32, { [1, 16] }> = zero;
+        if (options & 2i32) != 0i32 {
+            let from: Tile<i32, { [1, 16] }> =
+                broadcast_scalar(length - t + 1i32 - window, const_shape![1, 16]);
+            x = max_tile(new_tokens(start, t) + from, zero);
+        }
+        x
+    }
+
+    /// One past the last; those that there are not see none.
+    pub fn end_seen(options: i32, start: i32, length: i32, t: i32, count: i32) -> Tile<i32, { [1, 16] }> {
+        let zero: Tile<i32, { [1, 16] }> = constant(0i32, const_shape![1, 16]);
+        let mut x: Tile<i32, { [1, 16] }> = broadcast_scalar(length, const_shape![1, 16]);
+        if (options & 1i32) != 0i32 {
+            let from: Tile<i32, { [1, 16] }> = broadcast_scalar(length - t + 1i32, const_shape![1, 16]);
+            x = new_tokens(start, t) + from;
+        }
+        let r: Tile<i32, { [16] }> = iota(const_shape![16]);
+        let there: Tile<bool, { [16] }> = lt_tile(r, broadcast_scalar(count - start, const_shape![16]));
+        select(there.reshape(const_shape![1, 16]), x, zero)
+    }
+
+    /// Which of `BN` keys from `first` each of 16 queries sees.
+    pub fn seen<const BN: i32>(
+        first: i32,
+        lo: Tile<i32, { [1, 16] }>,
+        hi: Tile<i32, { [1, 16] }>,
+    ) -> Tile<bool, { [BN, 16] }> {
+        let key: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+        let key: Tile<i32, { [BN] }> = key + broadcast_scalar(first, const_shape![BN]);
+        let key: Tile<i32, { [BN, 16] }> = key.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, 16]);
+        ge_tile(key, lo.broadcast(const_shape![BN, 16])) & lt_tile(key, hi.broadcast(const_shape![BN, 16]))
+    }
+
+    /// Products of columns.
+    pub fn column_dot<const D: i32>(
+        a: Tile<f32, { [D, 16] }>,
+        b: Tile<f32, { [D, 16] }>,
+    ) -> Tile<f32, { [1, 16] }> {
+        let sum: Tile<f32, { [16] }> = reduce_sum(a * b, 0i32);
+        sum.reshape(const_shape![1, 16])
+    }
+
+    /// One over the power of two of a query's norm.
+    pub fn query_factor<const D: i32>(q: Tile<f32, { [D, 16] }>) -> Tile<f32, { [1, 16] }> {
+        let one: Tile<f32, { [1, 16] }> = constant(1.0f32, const_shape![1, 16]);
+        let norm: Tile<f32, { [1, 16] }> = sqrt(column_dot::<D>(q, q), rounding::NearestEven, ftz::Disabled);
+        quotient::<{ [1, 16] }>(one, pow2_floor::<{ [1, 16] }>(norm))
+    }
+
+    /// Number `which` of a tile's queries.
+    pub unsafe fn record_row(record: *mut f32, tile: i32, which: i32) -> Tile<f32, { [1, 16] }> {
+        let at: i64 = wide(tile) * wide(256i32) + wide(which * 16i32);
+        let x: Tile<f32, { [16] }> = load_column::<f32, 16>(slice::<f32>(record, at), 1i32, 16i32);
+        x.reshape(const_shape![1, 16])
+    }
+
+    /// Writes it.
+    pub unsafe fn set_record_row(record: *mut f32, tile: i32, which: i32, x: Tile<f32, { [1, 16] }>) {
+        let at: i64 = wide(tile) * wide(256i32) + wide(which * 16i32);
+        store_column::<f32, 16>(slice::<f32>(record, at), 16i32, x.reshape(const_shape![16]));
     }
 }

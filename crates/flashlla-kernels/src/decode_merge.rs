@@ -13,7 +13,8 @@ pub mod decode_merge {
         lengths: *mut i32,
         moments: *mut f32, // [rows, splits, 2 D + 2, D], and memory for 16 more parts behind
         state: *mut f32,
-        options: i32,
+        todo: *mut i32, // [batch * heads * t]: option 256 only
+        options: i32,   // 1 causal, 2 window, 256 only queries that `todo` names
         first_row: i32, // the row of block 0
         kv_heads: i32,
         group: i32,
@@ -32,7 +33,7 @@ pub mod decode_merge {
         let lo: i32 = decode_first(options, length, t, i, window);
         let hi: i32 = decode_end(options, length, t, i);
         let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
-        if used > 1i32 {
+        if (used > 1i32) && is_wanted(options, todo, row) {
             let all: Tile<f32, { [] }> = reduce_max(part_logits(state, pid.0 * splits, used), 0i32);
             let m: f32 = tile_to_scalar(all);
             let mut sum: Tile<f32, { [W] }> = constant(0.0f32, const_shape![W]);
@@ -90,8 +91,9 @@ pub mod decode_merge {
         probe: *mut f32,      // out [batch, heads, t, d] if save_state; in: the given one under option 16
         iterations: *mut i32, // out [batch, heads, t] if diagnostics
         relative: *mut f32,   // out [batch, heads, t] if diagnostics: |r| / |delta|
-        options: i32,         // 1 causal, 2 window, 16 probe given, 64 block table, 128 not folded yet
-        first_row: i32,       // the row of block 0
+        todo: *mut i32,       // [batch * heads * t]: option 256 only
+        options: i32, // 1 causal, 2 window, 16 probe given, 64 block table, 128 not folded yet, 256 only queries that `todo` names
+        first_row: i32, // the row of block 0
         kv_heads: i32,
         group: i32,
         t: i32,
@@ -134,150 +136,157 @@ pub mod decode_merge {
         let lo: i32 = decode_first(options, length, t, i, window);
         let hi: i32 = decode_end(options, length, t, i);
         let out_at: i64 = wide(batch) * out_batch + wide(query_head) * out_head + wide(i) * wide(out_row);
-        if hi <= lo {
-            let zero: Tile<E, { [D] }> = constant(E::ZERO, const_shape![D]);
-            let zeros: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-            store_column::<E, D>(slice::<E>(out, out_at), dv, zero);
-            let empty: Tile<f32, { [1] }> = constant(f32::NEG_INFINITY, const_shape![1]);
-            store_column::<f32, 1>(slice::<f32>(lse, wide(row)), 1i32, empty);
-            if save_state != 0i32 {
-                store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, zeros);
-                if (options & 16i32) == 0i32 {
-                    store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, zeros);
+        if is_wanted(options, todo, row) {
+            if hi <= lo {
+                let zero: Tile<E, { [D] }> = constant(E::ZERO, const_shape![D]);
+                let zeros: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+                store_column::<E, D>(slice::<E>(out, out_at), dv, zero);
+                let empty: Tile<f32, { [1] }> = constant(f32::NEG_INFINITY, const_shape![1]);
+                store_column::<f32, 1>(slice::<f32>(lse, wide(row)), 1i32, empty);
+                if save_state != 0i32 {
+                    store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, zeros);
+                    if (options & 16i32) == 0i32 {
+                        store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, zeros);
+                    }
                 }
-            }
-            if diagnostics != 0i32 {
-                let none: Tile<i32, { [1] }> = constant(0i32, const_shape![1]);
-                store_column::<i32, 1>(slice::<i32>(iterations, wide(row)), 1i32, none);
-                store_number(relative, wide(row), 0.0f32);
-            }
-        } else {
-            let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
-            let part: i32 = pid.0 * splits;
-            let logits: Tile<f32, { [64] }> = part_logits(state, part, used);
-            let all: Tile<f32, { [] }> = reduce_max(logits, 0i32);
-            let m: f32 = tile_to_scalar(all);
-            let weights: Tile<f32, { [64] }> =
-                load_column::<f32, 64>(slice::<f32>(state, wide(part) * wide(2i32) + wide(1i32)), 2i32, used);
-            let f: Tile<f32, { [64] }> = exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
-            let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
-            let l: f32 = tile_to_scalar(all);
-            // Few splits are folded right here.
-            let mut parts: i32 = 1i32;
-            if (options & 128i32) != 0i32 {
-                parts = used;
-            }
-            let mut s: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-            let mut k_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-            let mut v_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-            for c in 0i32..parts {
-                let f: f32 = part_factor(options, state, part + c, m);
-                let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 0i32);
-                s = s + x * broadcast_scalar(f, const_shape![D, D]);
-                let at: i64 = wide(part + c) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
-                let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at, D);
-                k_sum = k_sum + x * broadcast_scalar(f, const_shape![D]);
-                let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at + wide(D), D);
-                v_sum = v_sum + x * broadcast_scalar(f, const_shape![D]);
-            }
-            let inverse: f32 = 1.0f32 / l;
-            let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
-            let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
-            let mut page: i32 = batch;
-            if (options & 64i32) != 0i32 {
-                page = page_of::<1>(table, width, batch, lo, page_size, pages);
-            }
-            let shift: Tile<f32, { [D] }> = load_one::<E, D>(
-                k,
-                wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
-                d,
-            );
-            let at: i64 = wide(batch) * q_batch + wide(query_head) * q_head + wide(i) * wide(q_row);
-            let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
-            let delta: Tile<f32, { [D] }> = mean - (query - shift);
-            let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
-            let mean_c: Tile<f32, { [D, 1] }> = mean.reshape(const_shape![D, 1]);
-            let mut x: Tile<f32, { [1, D] }> = constant(0.0f32, const_shape![1, D]);
-            let mut it: i32 = 0i32;
-            let mut left: f32 = 0.0f32;
-            if (options & 16i32) != 0i32 {
-                let given: Tile<f32, { [D] }> = load_one::<f32, D>(probe, wide(row) * wide(d), d);
-                x = given.reshape(const_shape![1, D]);
+                if diagnostics != 0i32 {
+                    let none: Tile<i32, { [1] }> = constant(0i32, const_shape![1]);
+                    store_column::<i32, 1>(slice::<i32>(iterations, wide(row)), 1i32, none);
+                    store_number(relative, wide(row), 0.0f32);
+                }
             } else {
-                // Vectors are rows; the covariance is symmetric, so that a product with a column gives a row.
-                let c: Tile<f32, { [D, D] }> = s * broadcast_scalar(inverse, const_shape![D, D])
-                    - mean_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
-                let ridge_at: i32 = batch * ridge_batch + query_head * ridge_head + i * ridge_row;
-                let lambda: f32 = load_scalar(slice::<f32>(ridge, wide(ridge_at)));
-                let mut r_r: Tile<f32, { [1, D] }> = delta.reshape(const_shape![1, D]);
-                let mut d_r: Tile<f32, { [1, D] }> = r_r;
-                let rr: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
-                let mut rr: f32 = single(rr.reshape(const_shape![1, 1]));
-                let start: f32 = rr;
-                while (it < max_iterations) && (rr > tolerance2 * start) {
-                    let d_c: Tile<f32, { [D, 1] }> = d_r.reshape(const_shape![D, 1]);
-                    let c_d: Tile<f32, { [D] }> = reduce_sum(c * d_c.broadcast(const_shape![D, D]), 0i32);
-                    let c_d: Tile<f32, { [1, D] }> = c_d.reshape(const_shape![1, D]);
-                    let a_r: Tile<f32, { [1, D] }> = c_d + d_r * broadcast_scalar(lambda, const_shape![1, D]);
-                    let along: Tile<f32, { [1] }> = reduce_sum(d_r * a_r, 1i32);
-                    let step: f32 = rr / single(along.reshape(const_shape![1, 1]));
-                    x = x + d_r * broadcast_scalar(step, const_shape![1, D]);
-                    r_r = r_r - a_r * broadcast_scalar(step, const_shape![1, D]);
-                    let now: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
-                    let now: f32 = single(now.reshape(const_shape![1, 1]));
-                    let turn: f32 = now / rr;
-                    d_r = r_r + d_r * broadcast_scalar(turn, const_shape![1, D]);
-                    rr = now;
-                    it = it + 1i32;
-                }
-                if start > 0.0f32 {
-                    left = rr / start;
-                }
-                // A system that holds no numbers ends at once: its answer is no number either.
-                if start != start {
-                    x = broadcast_scalar(start, const_shape![1, D]);
-                }
-            }
-            let mut cov: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-            for c in 0i32..parts {
-                let f: f32 = part_factor(options, state, part + c, m);
-                let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 1i32);
-                cov = cov + x * broadcast_scalar(f, const_shape![D, D]);
-            }
-            let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
-            let cov: Tile<f32, { [D, D] }> = cov * broadcast_scalar(inverse, const_shape![D, D])
-                - v_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
-            let along: Tile<f32, { [D] }> = reduce_sum(cov * x.broadcast(const_shape![D, D]), 1i32);
-            let found: Tile<f32, { [D] }> = v_mean - along;
-            // One number of it that is not finite makes all of it not a number.
-            let nothing: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-            let spoilt: Tile<f32, { [D] }> = found * nothing;
-            let sum: Tile<f32, { [] }> = reduce_sum(spoilt, 0i32);
-            let sum: f32 = tile_to_scalar(sum);
-            let spoilt: Tile<f32, { [D] }> = broadcast_scalar(sum, const_shape![D]);
-            let found: Tile<f32, { [D] }> = found + spoilt;
-            let result: Tile<E, { [D] }> = convert_tile(found);
-            store_column::<E, D>(slice::<E>(out, out_at), dv, result);
-            let log: Tile<f32, { [1, 1] }> = log2(number(l));
-            store_number(lse, wide(row), (m + single(log)) * 0.6931471805599453f32);
-            if save_state != 0i32 {
-                store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, mean + shift);
-                if (options & 16i32) == 0i32 {
-                    let x: Tile<f32, { [D] }> = x.reshape(const_shape![D]);
-                    store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, x);
-                }
-            }
-            if diagnostics != 0i32 {
-                store_column::<i32, 1>(
-                    slice::<i32>(iterations, wide(row)),
-                    1i32,
-                    broadcast_scalar(it, const_shape![1]),
+                let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
+                let part: i32 = pid.0 * splits;
+                let logits: Tile<f32, { [64] }> = part_logits(state, part, used);
+                let all: Tile<f32, { [] }> = reduce_max(logits, 0i32);
+                let m: f32 = tile_to_scalar(all);
+                let weights: Tile<f32, { [64] }> = load_column::<f32, 64>(
+                    slice::<f32>(state, wide(part) * wide(2i32) + wide(1i32)),
+                    2i32,
+                    used,
                 );
-                store_number(
-                    relative,
-                    wide(row),
-                    single(sqrt(number(left), rounding::NearestEven, ftz::Disabled)),
+                let f: Tile<f32, { [64] }> =
+                    exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
+                let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
+                let l: f32 = tile_to_scalar(all);
+                // Few splits are folded right here.
+                let mut parts: i32 = 1i32;
+                if (options & 128i32) != 0i32 {
+                    parts = used;
+                }
+                let mut s: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+                let mut k_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+                let mut v_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+                for c in 0i32..parts {
+                    let f: f32 = part_factor(options, state, part + c, m);
+                    let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 0i32);
+                    s = s + x * broadcast_scalar(f, const_shape![D, D]);
+                    let at: i64 = wide(part + c) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
+                    let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at, D);
+                    k_sum = k_sum + x * broadcast_scalar(f, const_shape![D]);
+                    let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at + wide(D), D);
+                    v_sum = v_sum + x * broadcast_scalar(f, const_shape![D]);
+                }
+                let inverse: f32 = 1.0f32 / l;
+                let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
+                let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
+                let mut page: i32 = batch;
+                if (options & 64i32) != 0i32 {
+                    page = page_of::<1>(table, width, batch, lo, page_size, pages);
+                }
+                let shift: Tile<f32, { [D] }> = load_one::<E, D>(
+                    k,
+                    wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
+                    d,
                 );
+                let at: i64 = wide(batch) * q_batch + wide(query_head) * q_head + wide(i) * wide(q_row);
+                let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
+                let delta: Tile<f32, { [D] }> = mean - (query - shift);
+                let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
+                let mean_c: Tile<f32, { [D, 1] }> = mean.reshape(const_shape![D, 1]);
+                let mut x: Tile<f32, { [1, D] }> = constant(0.0f32, const_shape![1, D]);
+                let mut it: i32 = 0i32;
+                let mut left: f32 = 0.0f32;
+                if (options & 16i32) != 0i32 {
+                    let given: Tile<f32, { [D] }> = load_one::<f32, D>(probe, wide(row) * wide(d), d);
+                    x = given.reshape(const_shape![1, D]);
+                } else {
+                    // Vectors are rows; the covariance is symmetric, so that a product with a column gives a row.
+                    let c: Tile<f32, { [D, D] }> = s * broadcast_scalar(inverse, const_shape![D, D])
+                        - mean_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
+                    let ridge_at: i32 = batch * ridge_batch + query_head * ridge_head + i * ridge_row;
+                    let lambda: f32 = load_scalar(slice::<f32>(ridge, wide(ridge_at)));
+                    let mut r_r: Tile<f32, { [1, D] }> = delta.reshape(const_shape![1, D]);
+                    let mut d_r: Tile<f32, { [1, D] }> = r_r;
+                    let rr: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
+                    let mut rr: f32 = single(rr.reshape(const_shape![1, 1]));
+                    let start: f32 = rr;
+                    while (it < max_iterations) && (rr > tolerance2 * start) {
+                        let d_c: Tile<f32, { [D, 1] }> = d_r.reshape(const_shape![D, 1]);
+                        let c_d: Tile<f32, { [D] }> = reduce_sum(c * d_c.broadcast(const_shape![D, D]), 0i32);
+                        let c_d: Tile<f32, { [1, D] }> = c_d.reshape(const_shape![1, D]);
+                        let a_r: Tile<f32, { [1, D] }> =
+                            c_d + d_r * broadcast_scalar(lambda, const_shape![1, D]);
+                        let along: Tile<f32, { [1] }> = reduce_sum(d_r * a_r, 1i32);
+                        let step: f32 = rr / single(along.reshape(const_shape![1, 1]));
+                        x = x + d_r * broadcast_scalar(step, const_shape![1, D]);
+                        r_r = r_r - a_r * broadcast_scalar(step, const_shape![1, D]);
+                        let now: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
+                        let now: f32 = single(now.reshape(const_shape![1, 1]));
+                        let turn: f32 = now / rr;
+                        d_r = r_r + d_r * broadcast_scalar(turn, const_shape![1, D]);
+                        rr = now;
+                        it = it + 1i32;
+                    }
+                    if start > 0.0f32 {
+                        left = rr / start;
+                    }
+                    // A system that holds no numbers ends at once: its answer is no number either.
+                    if start != start {
+                        x = broadcast_scalar(start, const_shape![1, D]);
+                    }
+                }
+                let mut cov: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
+                for c in 0i32..parts {
+                    let f: f32 = part_factor(options, state, part + c, m);
+                    let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 1i32);
+                    cov = cov + x * broadcast_scalar(f, const_shape![D, D]);
+                }
+                let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
+                let cov: Tile<f32, { [D, D] }> = cov * broadcast_scalar(inverse, const_shape![D, D])
+                    - v_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
+                let along: Tile<f32, { [D] }> = reduce_sum(cov * x.broadcast(const_shape![D, D]), 1i32);
+                let found: Tile<f32, { [D] }> = v_mean - along;
+                // One number of it that is not finite makes all of it not a number.
+                let nothing: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+                let spoilt: Tile<f32, { [D] }> = found * nothing;
+                let sum: Tile<f32, { [] }> = reduce_sum(spoilt, 0i32);
+                let sum: f32 = tile_to_scalar(sum);
+                let spoilt: Tile<f32, { [D] }> = broadcast_scalar(sum, const_shape![D]);
+                let found: Tile<f32, { [D] }> = found + spoilt;
+                let result: Tile<E, { [D] }> = convert_tile(found);
+                store_column::<E, D>(slice::<E>(out, out_at), dv, result);
+                let log: Tile<f32, { [1, 1] }> = log2(number(l));
+                store_number(lse, wide(row), (m + single(log)) * 0.6931471805599453f32);
+                if save_state != 0i32 {
+                    store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, mean + shift);
+                    if (options & 16i32) == 0i32 {
+                        let x: Tile<f32, { [D] }> = x.reshape(const_shape![D]);
+                        store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, x);
+                    }
+                }
+                if diagnostics != 0i32 {
+                    store_column::<i32, 1>(
+                        slice::<i32>(iterations, wide(row)),
+                        1i32,
+                        broadcast_scalar(it, const_shape![1]),
+                    );
+                    store_number(
+                        relative,
+                        wide(row),
+                        single(sqrt(number(left), rounding::NearestEven, ftz::Disabled)),
+                    );
+                }
             }
         }
     }

@@ -11,7 +11,7 @@ pub mod decode_split {
     use cutile::core::*;
 
     /// Moments of the keys of one split, for one query.
-    /// `PAGED` = 1: a block table says where keys are; otherwise page = sequence. `WIDE` = 1: f32, whose logits tensor cores would
+    /// `PAGED`: 0 page = sequence, 1 pages of a multiple of BN keys, 2 pages of 16 or 32. `WIDE` = 1: f32, whose logits tensor cores would
     /// round.
     /// Grid (batch * kv_heads * group * t, splits).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
@@ -25,12 +25,13 @@ pub mod decode_split {
         q: *mut E,         // [batch, heads, t, d], strided
         k: *mut E,         // [pages, kv_heads, page_size, d], strided
         v: *mut E,         // [pages, kv_heads, page_size, dv], strided
-        table: *mut i32,   // [batch, width]; PAGED only
+        table: *mut i32,   // [batch, width]; not with PAGED 0
         lengths: *mut i32, // [batch]
         moments: *mut f32, // out [rows, splits, 2 D + 2, D]: S, T, sum of keys, sum of values
         state: *mut f32,   // out [rows, splits, 2]: largest logit (base 2), sum of weights
         scale: *mut f32,   // [kv_heads], strided
-        options: i32,      // 1 causal, 2 window
+        todo: *mut i32,    // [batch * heads * t]: option 256 only
+        options: i32,      // 1 causal, 2 window, 256 only queries that `todo` names
         first_row: i32,    // the row of block 0
         kv_heads: i32,
         group: i32, // query heads per KV head
@@ -39,7 +40,7 @@ pub mod decode_split {
         most: i32, // keys that a sequence has room for
         width: i32,
         pages: i32,
-        page_size: i32,   // a multiple of BN, or width 1
+        page_size: i32,
         split_tiles: i32, // key tiles of a split
         d: i32,
         dv: i32,
@@ -67,7 +68,7 @@ pub mod decode_split {
         let hi: i32 = decode_end(options, length, t, i);
         let first: i32 = lo / BN + pid.1 * split_tiles;
         let end: i32 = min(first + split_tiles, ceil_div(hi, BN));
-        if first < end {
+        if (first < end) && is_wanted(options, todo, row) {
             let kv0: Tensor<E, { [-1, -1, -1] }> =
                 pool::<E>(k, wide(head) * k_head, pages, page_size, d, k_page, k_row);
             let kp: Partition<E, { [1, BN, D] }> = kv0.partition(const_shape![1, BN, D]);
@@ -95,7 +96,10 @@ pub mod decode_split {
             let mut m: f32 = -1.0e30f32;
             // Units from four of the split's keys and values, which lie in one page.
             let a: i32 = max(lo, first * BN);
-            let more: i32 = min(hi, first * BN + BN) - a;
+            let mut more: i32 = min(hi, first * BN + BN) - a;
+            if PAGED == 2i32 {
+                more = min(more, page_size - a % page_size);
+            }
             let page: i32 = page_of::<PAGED>(table, width, batch, a, page_size, pages);
             let at: i64 = wide(page) * wide(k_page) + wide(head) * k_head + wide(a % page_size) * wide(k_row);
             let some: Tile<f32, { [4, D] }> = sample::<E, D>(slice::<E>(k, at), k_row, more, d);
@@ -114,12 +118,18 @@ pub mod decode_split {
             let mut s_vk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
             let mut s_k: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
             let mut s_v: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
+            let key_parts: Partition<E, { [1, 16, D] }> = kv0.partition(const_shape![1, 16, D]);
+            let value_parts: Partition<E, { [1, 16, D] }> = vv0.partition(const_shape![1, 16, D]);
             for j in first..end {
                 let key: i32 = j * BN;
                 let page: i32 = page_of::<PAGED>(table, width, batch, key, page_size, pages);
                 let slot: i32 = key % page_size / BN;
-                let kt: Tile<E, { [1, BN, D] }> = kp.load([page, slot, 0i32]);
-                let kt: Tile<E, { [BN, D] }> = kt.reshape(const_shape![BN, D]);
+                let kt: Tile<E, { [BN, D] }> = if PAGED == 2i32 {
+                    four_parts::<E, BN, D>(&key_parts, table, width, batch, key, page_size, pages)
+                } else {
+                    let kt: Tile<E, { [1, BN, D] }> = kp.load([page, slot, 0i32]);
+                    kt.reshape(const_shape![BN, D])
+                };
                 let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
                 let products: Tile<f32, { [BN] }> = if WIDE == 1i32 {
                     reduce_sum(kf * row.broadcast(const_shape![BN, D]), 1i32)
@@ -164,8 +174,12 @@ pub mod decode_split {
                     x1.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, 16]);
                 s_kk = mma(xk.transpose(), xk, s_kk);
                 s_k = mma(xk.transpose(), x1, s_k);
-                let vt: Tile<E, { [1, BN, D] }> = vp.load([page, slot, 0i32]);
-                let vt: Tile<E, { [BN, D] }> = vt.reshape(const_shape![BN, D]);
+                let vt: Tile<E, { [BN, D] }> = if PAGED == 2i32 {
+                    four_parts::<E, BN, D>(&value_parts, table, width, batch, key, page_size, pages)
+                } else {
+                    let vt: Tile<E, { [1, BN, D] }> = vp.load([page, slot, 0i32]);
+                    vt.reshape(const_shape![BN, D])
+                };
                 let mut vf: Tile<f32, { [BN, D] }> = convert_tile(vt);
                 if edge {
                     let seen: Tile<bool, { [BN] }> = between::<BN>(key, lo, hi);

@@ -4,7 +4,7 @@
 //! NAMES are patterns with commas between: a kernel is built if its name holds all pieces of one, in order; `*` stands between pieces.
 //!
 //! One line per variant goes to standard output, for `cargo xtask kernels`:
-//! `name entry dtype bm bn d high bias aligned tensor paged`, tab-separated.
+//! `name entry dtype bm bn d high bias aligned tensor page_keys kind`, tab-separated.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -57,7 +57,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for v in &list {
         let flag = u8::from;
         println!(
-            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}",
+            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}\t{}",
             v.name,
             v.entry,
             v.dtype,
@@ -68,7 +68,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             flag(v.bias),
             flag(v.aligned),
             flag(v.tensor),
-            flag(v.paged)
+            v.page_keys,
+            v.kind
         );
     }
     Ok(())

@@ -25,8 +25,10 @@ pub struct Variant {
     pub bias: bool,
     /// Wants 16-byte multiples.
     pub aligned: bool,
-    /// Finds keys and values through a block table.
-    pub paged: bool,
+    /// Finds keys and values through a block table, in pages of a multiple of so many; 0: without one.
+    pub page_keys: i32,
+    /// Which of a kernel's kinds, where there are several.
+    pub kind: i32,
     warps: i32,
     occupancy: i32,
     /// Runs products on tensor cores and loads tiles by bulk copies: the budget demands both.
@@ -50,6 +52,8 @@ fn tiles(entry: &str, d: i32) -> Tiles {
     match (entry, d) {
         ("lla_forward" | "lla_backward_solve", 128) => (64, 128, 8, 1),
         ("lla_decode_split", 128) => (64, 64, 8, 1),
+        ("lla_decode_pass", 64) => (64, 64, 4, 4),
+        ("lla_decode_pass", _) => (64, 64, 4, 3),
         ("lla_backward_query", 128) => (64, 64, 4, 1),
         ("lla_backward_key", 64) => (64, 64, 4, 2),
         ("lla_backward_key", _) => (32, 128, 8, 1),
@@ -87,7 +91,8 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 high: false,
                 bias: false,
                 aligned: false,
-                paged: false,
+                page_keys: 0,
+                kind: 0,
                 warps: 4,
                 // Most blocks find nothing to do: many at once matter more than registers.
                 occupancy: 8,
@@ -100,22 +105,27 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 aligned: false,
                 ..decode("lla_cache_write", dtype, d, vec![dtype.into(), d.to_string()], 1, 8)
             });
-            // Pages of 16 and 32 keys are smaller than the usual tile.
-            for (paged, bn) in [(false, None), (true, None), (true, Some(16))] {
-                let (_, usual, warps, occupancy) = other.unwrap_or_else(|| tiles("lla_decode_split", d));
-                let bn = bn.unwrap_or(usual);
-                let flag = |x: bool| u8::from(x).to_string();
-                let generics =
-                    vec![dtype.into(), bn.to_string(), d.to_string(), flag(paged), flag(dtype == "f32")];
+            for page_keys in [0, 64, 16] {
+                let (_, bn, warps, occupancy) = other.unwrap_or_else(|| tiles("lla_decode_split", d));
+                let generics = vec![
+                    dtype.into(),
+                    bn.to_string(),
+                    d.to_string(),
+                    how_paged(page_keys),
+                    u8::from(dtype == "f32").to_string(),
+                ];
                 list.push(Variant {
-                    name: format!("lla_decode_split_{dtype}_n{bn}_d{d}_p{}", flag(paged)),
+                    name: format!("lla_decode_split_{dtype}_n{bn}_d{d}_p{page_keys}"),
                     module: "decode_split",
                     ast: crate::decode_split::decode_split::__module_ast_self,
                     bn,
-                    paged,
+                    page_keys,
                     tensor: true,
                     ..decode("lla_decode_split", dtype, d, generics, warps, occupancy)
                 });
+            }
+            if dtype != "f32" {
+                list.extend(shared(dtype, d, other));
             }
             let (warps, occupancy) = if d == 64 { (4, 4) } else { (8, 2) };
             list.push(decode(
@@ -146,7 +156,8 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                         high: false,
                         bias: false,
                         aligned,
-                        paged: false,
+                        page_keys: 0,
+                        kind: 0,
                         warps: 4,
                         occupancy: if d == 64 { 6 } else { 3 },
                         tensor: false,
@@ -169,6 +180,56 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
             list.push(product("lla_backward_solve", "", d, false, bias, false));
             list.push(product("lla_backward_solve", "", d, true, bias, false));
         }
+    }
+    list
+}
+
+/// The const generic `PAGED` for pages of a multiple of so many keys: tiles of small ones are put together from parts of 16.
+fn how_paged(page_keys: i32) -> String {
+    match page_keys {
+        0 => "0",
+        16 => "2",
+        _ => "1",
+    }
+    .into()
+}
+
+/// The kernels of decoding for queries that share keys.
+fn shared(dtype: &'static str, d: i32, other: Option<Tiles>) -> Vec<Variant> {
+    let mut list = Vec::new();
+    for kind in 0..3 {
+        for page_keys in [0, 64, 16] {
+            let (_, bn, warps, mut occupancy) = other.unwrap_or_else(|| tiles("lla_decode_pass", d));
+            if page_keys == 16 {
+                // Putting tiles together takes registers.
+                occupancy = 2;
+            }
+            let generics = vec![
+                dtype.into(),
+                bn.to_string(),
+                d.to_string(),
+                how_paged(page_keys),
+                kind.to_string(),
+                u8::from(dtype == "f16").to_string(),
+            ];
+            list.push(Variant {
+                name: format!("lla_decode_pass{kind}_{dtype}_n{bn}_d{d}_p{page_keys}"),
+                module: "decode_pass",
+                ast: crate::decode_pass::decode_pass::__module_ast_self,
+                bn,
+                page_keys,
+                kind,
+                tensor: true,
+                ..decode("lla_decode_pass", dtype, d, generics, warps, occupancy)
+            });
+        }
+        list.push(Variant {
+            name: format!("lla_decode_step{kind}_{dtype}_d{d}"),
+            module: "decode_step",
+            ast: crate::decode_step::decode_step::__module_ast_self,
+            kind,
+            ..decode("lla_decode_step", dtype, d, vec![dtype.into(), d.to_string(), kind.to_string()], 8, 2)
+        });
     }
     list
 }
@@ -196,7 +257,8 @@ fn decode(
         high: false,
         bias: false,
         aligned: true,
-        paged: false,
+        page_keys: 0,
+        kind: 0,
         warps,
         occupancy,
         tensor: false,
@@ -242,7 +304,8 @@ fn product(
         high,
         bias,
         aligned,
-        paged: false,
+        page_keys: 0,
+        kind: 0,
         warps,
         occupancy,
         tensor: true,

@@ -4,7 +4,7 @@
 //!
 //! | bytes | content |
 //! |---|---|
-//! | 8 | `FLLAKRN1` |
+//! | 8 | `FLLAKRN2` |
 //! | 4 | length of the index, little-endian `u32` |
 //! | that many | the index, JSON: an [`Index`] |
 //! | the rest | the cubins; [`Kernel::offset`] counts from here |
@@ -15,7 +15,7 @@ use std::io::Read;
 use std::path::Path;
 
 /// The first bytes inside the frame; the digit is the version of the index and of the kernels' arguments.
-pub const MAGIC: &[u8; 8] = b"FLLAKRN1";
+pub const MAGIC: &[u8; 8] = b"FLLAKRN2";
 /// The most bytes that a bundle may unpack to, against damaged ones.
 const LARGEST: u64 = 1 << 30;
 /// The oldest driver that can load the cubins unless the index says otherwise, as `cuDriverGetVersion` numbers them: CUDA
@@ -65,9 +65,12 @@ pub struct Kernel {
     pub bias: bool,
     /// Reads and writes tensors 16 bytes at a time: their addresses, strides and widths must allow it.
     pub aligned: bool,
-    /// Finds keys and values through a block table, in pages that are multiples of `block_keys`.
+    /// Finds keys and values through a block table, in pages of a multiple of so many; 0: without one.
     #[serde(default)]
-    pub paged: bool,
+    pub page_keys: usize,
+    /// Which of a kernel's kinds, where there are several.
+    #[serde(default)]
+    pub kind: u32,
     /// Registers per thread.
     #[serde(default)]
     pub registers: u32,
@@ -92,6 +95,7 @@ pub(crate) struct Wanted<'a> {
     pub high: bool,
     pub bias: bool,
     pub aligned: bool,
+    pub kind: u32,
 }
 
 /// A bundle in memory.
@@ -190,7 +194,7 @@ impl Bundle {
             .find_map(|minor| self.architectures().into_iter().find(|arch| *arch == of(minor)))
     }
 
-    /// The place in the index of the variant to launch on `arch`: with a page size, that of the largest tiles for such pages.
+    /// The place in the index of the variant to launch on `arch`: with a page size, that for the largest such pages.
     pub(crate) fn find(&self, arch: &str, wanted: Wanted, page_size: Option<usize>) -> Option<usize> {
         let fits = |k: &Kernel| {
             k.entry == wanted.entry
@@ -200,12 +204,13 @@ impl Bundle {
                 && k.high == wanted.high
                 && k.bias == wanted.bias
                 && k.aligned == wanted.aligned
-                && k.paged == page_size.is_some()
-                && page_size.is_none_or(|size| k.block_keys > 0 && size.is_multiple_of(k.block_keys))
+                && k.kind == wanted.kind
+                && (k.page_keys > 0) == page_size.is_some()
+                && page_size.is_none_or(|size| size.is_multiple_of(k.page_keys))
         };
         let fitting = self.index.kernels.iter().enumerate().filter(|(_, k)| fits(k));
         // The first of equals.
-        fitting.rev().max_by_key(|(_, k)| k.block_keys).map(|(place, _)| place)
+        fitting.rev().max_by_key(|(_, k)| k.page_keys).map(|(place, _)| place)
     }
 
     /// The head dimensions that a kernel was compiled for, ascending.

@@ -56,7 +56,7 @@ impl CacheWriter {
             return Err(Error::value("kv_heads", kv_heads, "from 1 to 65535 for a cache on a GPU"));
         }
         let head_dim = widths.into_iter().find(|&w| w >= dims[0].max(dims[1])).unwrap_or(widest);
-        let wanted = Wanted { entry, dtype, head_dim, high: false, bias: false, aligned: false };
+        let wanted = Wanted { entry, dtype, head_dim, high: false, bias: false, aligned: false, kind: 0 };
         let (write, _) = engine.load(wanted)?;
         Ok(Self { engine: engine.clone(), write, kv_heads, dims })
     }

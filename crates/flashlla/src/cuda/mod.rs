@@ -27,6 +27,7 @@ pub mod bundle;
 mod cache;
 mod cache_write;
 mod decode;
+mod decode_shared;
 mod driver;
 mod forward;
 mod host;

@@ -41,6 +41,8 @@ pub(super) mod option {
     pub const HEAVY_FIRST: i32 = 32;
     pub const BLOCK_TABLE: i32 = 64;
     pub const NOT_FOLDED: i32 = 128;
+    /// Only queries that a list names.
+    pub const SOME: i32 = 256;
 }
 
 /// A tensor `[batch, head, token, dim]` in device memory, its dims side by side.
@@ -274,7 +276,7 @@ impl Core {
     pub fn find(&self, entry: &str, dtype: &str, high: bool, bias: bool) -> Result<Variants> {
         let head_dim = self.width;
         // Most kernels have a variant for any alignment; those that touch no tensor of the caller's only that.
-        let of = |aligned| self.engine.load(Wanted { entry, dtype, head_dim, high, bias, aligned });
+        let of = |aligned| self.engine.load(Wanted { entry, dtype, head_dim, high, bias, aligned, kind: 0 });
         let (any, block) = of(false)?;
         let aligned = match of(true) {
             Ok((aligned, same)) if same == block => aligned,

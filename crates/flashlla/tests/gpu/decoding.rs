@@ -3,7 +3,7 @@
 use crate::common::*;
 use crate::decode::{Setup, setup};
 use crate::{Checks, SHARE};
-use flashlla::cuda::DeviceCache;
+use flashlla::cuda::{DeviceCache, PoolLayout};
 use flashlla::{
     Attention, CacheShape, CacheView, Cpu, Element, Engine, Mask, Solver, Tensor, View, bf16, f16,
 };
@@ -21,6 +21,16 @@ fn tokens<E: Element>(
     let [_, h, n, d] = <[usize; 4]>::try_from(tensor.shape()).unwrap();
     let strides = [(h * n * d) as isize, (n * d) as isize, d as isize, 1];
     View::strided(tensor.data(), (batch * h * n + first) * d, [sequences, h, count, d], strides).unwrap()
+}
+
+/// The same `[batch, heads, n, dim]` with room for more tokens, zeros.
+fn with_tokens(tensor: &Tensor<f64>, count: usize) -> Tensor<f64> {
+    let [b, h, n, d] = <[usize; 4]>::try_from(tensor.shape()).unwrap();
+    let mut all = vec![0.0; b * h * count * d];
+    for (to, from) in all.chunks_exact_mut(count * d).zip(tensor.data().chunks_exact(n * d)) {
+        to[..n * d].copy_from_slice(from);
+    }
+    Tensor::new(all, &[b, h, count, d])
 }
 
 /// Relative to what should be, or to a hundredth of a typical size where that is less.
@@ -141,6 +151,72 @@ impl Checks {
             }
         }
         self.enter_errors("decode, ridge 0.3 to 10", failed, measured);
+    }
+
+    /// Queries that share a KV head, many enough to be solved together: masks, pages, types, a ridge that leaves some of them to their
+    /// moments, and a bad key that only the last token's queries see.
+    pub fn shared(&self) {
+        let (mut failed, mut measured) = (0, vec![]);
+        for (head_dim, lengths) in [(64, vec![2900, 2800, 700]), (128, vec![2200, 2100, 0])] {
+            let longest = lengths[0];
+            let masks = [Mask::causal(), Mask::causal().window(longest - 50), Mask::full()];
+            for (mask, ridge) in masks.into_iter().zip([10.0, 1.0, 0.1]) {
+                let mut setup = Setup::new(&lengths, head_dim);
+                (setup.group, setup.queries, setup.mask, setup.ridge) = (8, 16, mask, ridge);
+                setup.ridge_per_query = ridge == 1.0;
+                let data = setup.data();
+                let want = setup.decode::<f64>(&Cpu::default(), &data).out.into_vec();
+                for page_size in [None, Some(16), Some(64)] {
+                    setup.page_size = page_size;
+                    let mut padded = data.clone();
+                    for tensor in [&mut padded.k, &mut padded.v] {
+                        *tensor = with_tokens(tensor, setup.max_len());
+                    }
+                    let layout = PoolLayout {
+                        pages: if let Some(size) = page_size { 3 * setup.max_len() / size } else { 3 },
+                        page_size: page_size.unwrap_or(longest),
+                        paged: page_size.is_some(),
+                    };
+                    let plan = self.gpu.decode_plan::<bf16>(&setup.attention(), layout).unwrap();
+                    let found =
+                        [self.decode_as::<bf16>(&setup, &padded), self.decode_as::<f16>(&setup, &padded)];
+                    for (dtype, found) in ["bf16", "f16"].into_iter().zip(found) {
+                        for got in found.unwrap_or_else(|problem| vec![vec![f64::NAN; problem.len()]]) {
+                            let e = if got.len() == want.len() { error(&got, &want) } else { f64::NAN };
+                            if too_far(e, 3e-3) || !plan.is_shared(longest) {
+                                failed += 1;
+                                println!("shared: {dtype} {e:.1e} {}\n  {setup:?}", plan.is_shared(longest));
+                            }
+                            measured.push([e, 0.0]);
+                        }
+                    }
+                }
+                setup.page_size = None;
+                if setup.mask.is_causal() {
+                    let mut data = data.clone();
+                    let row = (longest - 1) * head_dim;
+                    data.k.data_mut()[row..][..head_dim].fill(f64::NAN);
+                    for got in self.decode_as::<bf16>(&setup, &data).unwrap() {
+                        // The first sequence's last tokens, one in 16, see it.
+                        let rows = got.chunks_exact(head_dim).zip(want.chunks_exact(head_dim)).enumerate();
+                        let wrong = rows.filter(|(row, (got, want))| {
+                            let sees = *row < 8 * 16 && row % 16 == 15;
+                            if sees {
+                                got.iter().any(|x| !x.is_nan())
+                            } else {
+                                too_far(error(got, want), 3e-2)
+                            }
+                        });
+                        let wrong = wrong.count();
+                        if wrong > 0 {
+                            failed += 1;
+                            println!("shared: {wrong} rows wrong beside a bad key\n  {setup:?}");
+                        }
+                    }
+                }
+            }
+        }
+        self.enter_errors("decode together, ridge 0.1 to 30", failed, measured);
     }
 
     /// A prompt and 200 tokens, one or several at a time, from a paged and a contiguous cache on the device, against one forward;

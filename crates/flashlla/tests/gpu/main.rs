@@ -507,6 +507,7 @@ fn part(name: &str) {
         "mean" => checks.common_mean(),
         "streams" => checks.streams(),
         "decode" => checks.decode(number),
+        "shared" => checks.shared(),
         "generate" => checks.generate(),
         _ => checks.random(number),
     }
@@ -524,7 +525,7 @@ fn main() {
     let start = Instant::now();
     let cases = std::env::var("FLASHLLA_GPU_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(480usize);
     let mut parts: Vec<String> =
-        ["first", "times", "empty", "finite", "ill", "small", "mean", "streams", "generate"]
+        ["first", "times", "empty", "finite", "ill", "small", "mean", "streams", "shared", "generate"]
             .map(String::from)
             .into();
     parts.extend((0..Golden::all().len()).map(|number| format!("golden {number}")));
