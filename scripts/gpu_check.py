@@ -159,6 +159,28 @@ def timings(kernels):
     print("\neach launch, milliseconds\n" + "\n".join(parts))
 
 
+def long_contexts(kernels):
+    """One head, with the memory that everything takes together: inputs, outputs, gradients and scratch."""
+    print("\none head; milliseconds, ratio to scaled_dot_product_attention in brackets\n| N, D | forward | backward | peak memory, inputs and outputs in it |\n|---|---|---|---|")
+    for d in (64, 128):
+        for n in (32768, 65536, 131072):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            q, k, v, g = tensors("gaussian", 1, 1, 1, n, n, d, d, torch.bfloat16)
+            lam = torch.full((1, 1, n), 10.0, device="cuda")
+            ahead, back_too = (dict(tol=TOLERANCE[d], err=e) for e in ERRORS)
+            saved = kernels.forward(q, k, v, lam, **ahead, save=True)
+            kernels.backward(q, k, v, g, saved, lam, **back_too)
+            torch.cuda.synchronize()
+            peak, own = torch.cuda.max_memory_allocated() - before, 8 * n * d * 2
+            f = graph_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), 5)
+            tf = graph_ms(lambda: kernels.forward(q, k, v, lam, **ahead), 5)
+            tb = graph_ms(lambda: kernels.backward(q, k, v, g, saved, lam, **back_too), 5)
+            print(f"| {n}, {d} | {tf:.2f} ({tf / f:.2f}) | {tb:.2f} | {peak / 2**20:.0f} MiB, {own / 2**20:.0f} MiB |", flush=True)
+            del q, k, v, g, lam, saved
+
+
 def main():
     torch.manual_seed(int(time.time()))
     kernels = Kernels(sys.argv[1])
@@ -168,6 +190,7 @@ def main():
         print(f"{failures} failed" if failures else "all passed")
     if "--no-time" not in sys.argv:
         timings(kernels)
+        long_contexts(kernels)
     sys.exit(failures > 0)
 
 

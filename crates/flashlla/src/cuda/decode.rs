@@ -289,7 +289,8 @@ impl DecodePlan {
         self.schedule(longest).shared.is_some()
     }
 
-    /// The scratch in bytes that a run needs whose longest sequence has `longest` tokens: at most 0.3 GB and some numbers per query.
+    /// The scratch in bytes that a run needs whose longest sequence has `longest` tokens: at most 0.3 GB and some numbers per query,
+    /// and, where queries are solved together, up to 64 kB for every 16 of a KV head's.
     pub fn scratch_bytes(&self, longest: usize) -> usize {
         self.schedule(longest).bytes
     }
