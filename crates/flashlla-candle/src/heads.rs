@@ -1,7 +1,7 @@
 //! [`Heads`]: what nearly all mixers have around them, projections into heads and out of them.
 
 use crate::mixers::MixerConfig;
-use crate::nn::{self, Projection, RmsNorm, ShortConv, merge_heads, split_heads};
+use crate::nn::{self, Projection, RmsNorm, Rotary, ShortConv, merge_heads, split_heads};
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
@@ -12,7 +12,7 @@ pub struct Heads {
     pub heads: usize,
     pub kv_heads: usize,
     pub width: usize,
-    rope_base: Option<f64>,
+    rotary: Option<Rotary>,
     q_proj: Projection,
     k_proj: Projection,
     v_proj: Projection,
@@ -38,7 +38,7 @@ impl Heads {
             heads,
             kv_heads,
             width,
-            rope_base: (attention && config.rope).then_some(config.rope_base),
+            rotary: (attention && config.rope).then(|| Rotary::new(config.rope_base)),
             q_proj: project(inner, "q_proj")?,
             k_proj: project(kv_inner, "k_proj")?,
             v_proj: project(kv_inner, "v_proj")?,
@@ -78,8 +78,8 @@ impl Heads {
         if let Some([q_norm, k_norm]) = &self.norms {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        if let Some(base) = self.rope_base {
-            (q, k) = (nn::rotated(&q, first, base)?, nn::rotated(&k, first, base)?);
+        if let Some(rotary) = &self.rotary {
+            (q, k) = (rotary.turn(&q, first)?, rotary.turn(&k, first)?);
         }
         Ok([q, k, v])
     }

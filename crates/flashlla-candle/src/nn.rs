@@ -3,6 +3,7 @@
 use crate::error::value;
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
+use std::sync::{Arc, Mutex};
 
 /// A projection, its weights `[out_dim, in_dim]` cast to the type of what it is applied to: parameters may be `f32` where
 /// activations are `bf16`, and their gradients are then `f32` too.
@@ -119,22 +120,58 @@ pub fn repeated(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.unsqueeze(2)?.broadcast_as((b, kv_heads, group, n, d))?.contiguous()?.reshape((b, heads, n, d))
 }
 
-/// Rotary position embedding (Su et al., 2021) of `[B, H, N, D]`, halves of dims paired, from position `first` on.
-pub fn rotated(x: &Tensor, first: usize, base: f64) -> Result<Tensor> {
-    let (n, d) = (x.dim(2)?, x.dim(3)?);
-    let half = d / 2;
-    let frequencies: Vec<f64> = (0..half).map(|i| base.powf(-(i as f64) / half as f64)).collect();
-    let of = |position: usize| frequencies.iter().map(move |f| position as f64 * f);
-    let angles: Vec<f64> = (first..first + n).flat_map(of).collect();
-    let table = |f: fn(f64) -> f64| {
-        let values: Vec<f64> = angles.iter().map(|&a| f(a)).collect();
-        Tensor::from_vec(values, (n, half), &Device::Cpu)?.to_dtype(x.dtype())?.to_device(x.device())
-    };
-    let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
-    let (a, b) = (x.narrow(3, 0, half)?, x.narrow(3, half, half)?);
-    let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-    let second = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
-    Tensor::cat(&[first, second], 3)
+/// Cosines and sines of the rotary position embedding (Su et al., 2021), `[N, D/2]`.
+type Turns = (Tensor, Tensor);
+
+/// Rotary position embedding: halves of dims are paired.
+#[derive(Debug, Clone)]
+pub struct Rotary {
+    base: f64,
+    /// Those made last, and for what. Making and sending them takes longer than all else that attention's queries need, and
+    /// may have to wait for a GPU; in training they are the same at every step.
+    last: Arc<Mutex<Option<(TurnsOf, Turns)>>>,
+}
+
+/// What they depend on besides the base: position of the first token, tokens, dims, type.
+type TurnsOf = (usize, usize, usize, DType);
+
+impl Rotary {
+    pub fn new(base: f64) -> Self {
+        Self { base, last: Arc::default() }
+    }
+
+    /// `x`, `[B, H, N, D]`, with tokens at the positions from `first` on.
+    pub fn turn(&self, x: &Tensor, first: usize) -> Result<Tensor> {
+        let (cos, sin) = self.turns(x, first)?;
+        let half = x.dim(3)? / 2;
+        let (a, b) = (x.narrow(3, 0, half)?, x.narrow(3, half, half)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
+        Tensor::cat(&[first, second], 3)
+    }
+
+    fn turns(&self, x: &Tensor, first: usize) -> Result<Turns> {
+        let (n, d) = (x.dim(2)?, x.dim(3)?);
+        let of = (first, n, d, x.dtype());
+        let mut last = self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some((made, turns)) = &*last
+            && *made == of
+            && turns.0.device().same_device(x.device())
+        {
+            return Ok(turns.clone());
+        }
+        let half = d / 2;
+        let frequencies: Vec<f64> = (0..half).map(|i| self.base.powf(-(i as f64) / half as f64)).collect();
+        let angles = |position: usize| frequencies.iter().map(move |f| position as f64 * f);
+        let angles: Vec<f64> = (first..first + n).flat_map(angles).collect();
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f64> = angles.iter().map(|&a| f(a)).collect();
+            Tensor::from_vec(values, (n, half), &Device::Cpu)?.to_dtype(x.dtype())?.to_device(x.device())
+        };
+        let turns = (table(f64::cos)?, table(f64::sin)?);
+        *last = Some((of, turns.clone()));
+        Ok(turns)
+    }
 }
 
 /// `[N, M]`: 1 where query `i` (of the last N) sees key `j` of M (`strict`: comes after it), else 0. Made on the device.

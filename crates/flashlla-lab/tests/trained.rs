@@ -1,5 +1,6 @@
 //! The trained experiments through the command line, smaller than `--quick`.
 
+use flashlla_lab::train::{RunFolder, Status};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -148,5 +149,36 @@ fn the_cost_experiment_measures_all_it_names() {
         if curve["ridge"] == 10.0 && curve["keys"] == "Gaussian" {
             assert!(errors[8] < 1e-4, "{errors:?}");
         }
+    }
+}
+
+#[test]
+fn a_run_that_diverges_ends_with_the_weights_that_it_had() {
+    let place = tempfile::tempdir().unwrap();
+    let run = |steps: u64, log_every: u64, optimizer: &str| {
+        let text = format!(
+            "mixers = ['softmax']\nseeds = [1]\n[mqar]\nvocabulary = 16\npairs = 2\nlength = 12\n[model]\ndim = 8\n\
+             layers = 1\nheads = 1\n[training]\nsteps = {steps}\nbatch = 4\noptimizer = '{optimizer}'\nclip = 1e9\n\
+             learning-rate = 30.0\nwarmup = 0\nfinal-rate = 1.0\nevaluate-every = {steps}\nlog-every = {log_every}\n"
+        );
+        let out = place.path().join(format!("{optimizer}-{steps}-{log_every}"));
+        let file = out.with_extension("toml");
+        fs::write(&file, &text).unwrap();
+        flashlla(&["sweep", file.to_str().unwrap(), "--out", out.to_str().unwrap(), "--threads", "1"]);
+        let spec = flashlla_lab::sweep::Sweep::parse("sweep.toml", &text).unwrap().runs.remove(0);
+        let folder = RunFolder::at(&out.join("runs").join(spec.name()));
+        let weights = fs::read(folder.path().join("model.safetensors")).unwrap();
+        (folder.finished().unwrap().unwrap(), weights)
+    };
+    for optimizer in ["adamw", "muon"] {
+        let (often, weights) = run(60, 1, optimizer);
+        println!("{optimizer}: after {} steps", often.steps);
+        assert!(often.status == Status::Diverged && (1..60).contains(&often.steps));
+        // When numbers are read decides nothing.
+        let (seldom, same) = run(60, 50, optimizer);
+        assert!(seldom.status == Status::Diverged && seldom.steps == often.steps && same == weights);
+        // Nor does the step that failed leave anything.
+        let (before, same) = run(often.steps, 50, optimizer);
+        assert!(before.status == Status::Finished && same == weights);
     }
 }

@@ -12,6 +12,7 @@ mod network;
 mod optimizer;
 mod schedule;
 mod spec;
+mod tally;
 mod trainer;
 
 pub use checkpoint::Checkpoint;

@@ -1,6 +1,7 @@
 //! The loop.
 
 use super::feed::with_batches;
+use super::tally::Tally;
 use super::{
     Checkpoint, Finished, Log, Network, Optimizer, Row, RunFolder, RunSpec, Status, candle, learning_rate,
 };
@@ -72,11 +73,15 @@ impl Run<'_> {
         let training = &self.spec.training;
         let mut log = Log::open(&self.folder.log(), start.step)?;
         let last = self.folder.rows()?.last().map_or(0, |row| row.step);
-        let (mut pending, mut count) = (start.pending, start.step - last);
+        let mut tally = Tally::new(start.pending, start.step - last);
 
         let bar = progress::training(&self.pace.bars, &self.pace.label, training.steps, start.step);
         let began = Instant::now();
         let seconds = || start.seconds + began.elapsed().as_secs_f64();
+        let diverged = |(step, loss)| {
+            bar.finish_and_clear();
+            self.end(Status::Diverged, step, [("loss".into(), loss)].into(), seconds())
+        };
         let mut saved = Instant::now();
         let mut metrics = None;
         for step in start.step..training.steps {
@@ -84,22 +89,27 @@ impl Run<'_> {
             let batch = next(step);
             let loss = self.network.loss(&batch)?;
             let gradients = loss.backward().map_err(candle)?;
-            let norm = optimizer.step(&gradients, rate).map_err(candle)?;
-            let loss = f64::from(loss.to_scalar::<f32>().map_err(candle)?);
-            if !(loss.is_finite() && norm.is_finite()) {
-                bar.finish_and_clear();
-                return self.end(Status::Diverged, step, [("loss".into(), loss)].into(), seconds());
+            // Before the weights change again: a run that diverged ends with those that it had.
+            if let Some(at) = tally.read()? {
+                return diverged(at);
             }
-            pending = (pending.0 + loss, pending.1 + norm);
-            count += 1;
+            let norm = optimizer.step(&gradients, rate).map_err(candle)?;
+            tally.add(step, &loss, &norm)?;
 
             let made = step + 1;
             let end = made == training.steps;
-            metrics = (end || made % training.evaluate_every == 0).then(|| self.evaluate()).transpose()?;
-            if end || metrics.is_some() || made % training.log_every == 0 {
-                let of = count as f64;
+            let evaluates = end || made % training.evaluate_every == 0;
+            let logs = evaluates || made % training.log_every == 0;
+            let saves = !end && saved.elapsed() >= self.pace.checkpoint_every;
+            if (logs || saves)
+                && let Some(at) = tally.read()?
+            {
+                return diverged(at);
+            }
+            metrics = evaluates.then(|| self.evaluate()).transpose()?;
+            if logs {
                 let score = metrics.as_ref().and_then(|m| m.get(self.spec.task.score().name).copied());
-                let (loss, gradient_norm) = (pending.0 / of, pending.1 / of);
+                let (loss, gradient_norm) = tally.means();
                 log.add(&Row {
                     step: made,
                     loss,
@@ -108,15 +118,14 @@ impl Run<'_> {
                     score,
                     seconds: seconds(),
                 })?;
-                (pending, count) = ((0.0, 0.0), 0);
             }
-            if !end && saved.elapsed() >= self.pace.checkpoint_every {
+            if saves {
                 log.sync()?;
-                let checkpoint = Checkpoint { step: made, seconds: seconds(), pending };
+                let checkpoint = Checkpoint { step: made, seconds: seconds(), pending: tally.sums };
                 checkpoint.save(&self.folder.checkpoint(), all, &optimizer)?;
                 saved = Instant::now();
             }
-            progress::trained(&bar, loss, batch.batch * batch.length);
+            progress::trained(&bar, tally.loss, batch.batch * batch.length);
         }
         bar.finish_and_clear();
         let metrics = metrics.map_or_else(|| self.evaluate(), Ok)?;

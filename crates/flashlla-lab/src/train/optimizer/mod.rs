@@ -1,13 +1,16 @@
 //! What turns gradients into steps: AdamW, or Muon for the matrices inside the layers and AdamW for the rest.
 //!
 //! `candle_nn::AdamW` keeps its moments to itself, so that a run could not go on after a stop; ours is tested against it.
+//!
+//! Nothing here waits for a GPU: what gradients decide, their norm and whether they are finite, stays on it. A wait for every
+//! weight leaves the GPU with nothing to do as often.
 
 mod adamw;
 mod muon;
 
 use super::TrainingSpec;
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{D, DType, Result, Tensor, Var};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 
@@ -53,6 +56,16 @@ fn hidden(name: &str, var: &Var) -> bool {
     var.rank() == 2 && name.starts_with("blocks.") && name.ends_with(".weight")
 }
 
+/// The sum of the squares of all numbers in these, on their device.
+///
+/// Row by row first: Candle leaves each sum to one block of threads, which takes long over a whole matrix.
+fn squares<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<Tensor> {
+    let rows = |x: &Tensor| {
+        if x.rank() == 0 { x.sqr()?.reshape(1) } else { x.sqr()?.sum_keepdim(D::Minus1)?.flatten_all() }
+    };
+    Tensor::cat(&tensors.map(rows).collect::<Result<Vec<_>>>()?, 0)?.sum_all()
+}
+
 impl Optimizer {
     /// For these weights, in this order.
     pub fn new(training: &TrainingSpec, weights: &BTreeMap<String, Var>) -> Result<Self> {
@@ -69,37 +82,28 @@ impl Optimizer {
         Ok(Self { slots, weight_decay: training.weight_decay, clip: training.clip, step: 0 })
     }
 
-    /// Makes a step at this learning rate, unless the gradients are not finite; returns their norm before it is clipped.
-    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<f64> {
-        let mut found = Vec::with_capacity(self.slots.len());
-        let mut squares = 0.0;
-        for slot in &self.slots {
-            // A weight that the loss does not depend on has none.
-            let Some(gradient) = gradients.get(slot.var.as_tensor()) else {
-                found.push(None);
-                continue;
-            };
-            // The graph behind it would stay in memory with the moments.
-            let gradient = gradient.detach();
-            squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
-            found.push(Some(gradient));
-        }
-        let norm = squares.sqrt();
-        if !norm.is_finite() {
-            return Ok(norm);
-        }
+    /// Makes a step at this learning rate; returns the gradients' norm before it is clipped, a number on their device.
+    ///
+    /// Where that is not finite the weights stay as they are, while what is remembered of the gradients is spoilt.
+    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<Tensor> {
+        // A weight that the loss does not depend on has no gradient. The graph behind one would stay in memory with the moments.
+        let of = |slot: &Slot| gradients.get(slot.var.as_tensor()).map(Tensor::detach);
+        let found: Vec<Option<Tensor>> = self.slots.iter().map(of).collect();
+        let norm = squares(found.iter().flatten())?.sqrt()?;
+        let factor = (norm.recip()? * self.clip)?.minimum(1.0)?;
+        let finite = norm.lt(f64::INFINITY)?;
         self.step += 1;
-        let factor = if norm > self.clip { self.clip / norm } else { 1.0 };
         for (slot, gradient) in self.slots.iter_mut().zip(found) {
             let Some(gradient) = gradient else { continue };
-            let gradient = if factor < 1.0 { (gradient * factor)? } else { gradient };
+            let gradient = gradient.broadcast_mul(&factor)?;
+            let before = slot.var.as_detached_tensor();
             let decay = if slot.decays { self.weight_decay } else { 0.0 };
-            let weight = (slot.var.as_detached_tensor() * (1.0 - rate * decay))?;
             let update = match slot.rule {
                 Rule::Adamw => adamw::update(&mut slot.moments, &gradient, self.step)?,
                 Rule::Muon => muon::update(&mut slot.moments[0], &gradient)?,
             };
-            slot.var.set(&(weight - (update * rate)?)?)?;
+            let after = ((&before * (1.0 - rate * decay))? - (update * rate)?)?;
+            slot.var.set(&finite.broadcast_as(after.shape())?.where_cond(&after, &before)?)?;
         }
         Ok(norm)
     }
@@ -176,6 +180,10 @@ mod tests {
         (off.sqr().unwrap().sqr().unwrap().sum_all().unwrap()).backward().unwrap()
     }
 
+    fn number(tensor: &Tensor) -> f64 {
+        tensor.to_scalar::<f32>().unwrap().into()
+    }
+
     fn values(tensor: &Tensor) -> Vec<f32> {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
@@ -216,7 +224,7 @@ mod tests {
         // Adam does not care for the scale of gradients, Muon's momentum neither: look at what is remembered.
         let spec = TrainingSpec { clip: norm / 4.0, ..training(OptimizerKind::Adamw) };
         let mut clipped = Optimizer::new(&spec, &weights("w", &held)).unwrap();
-        let told = clipped.step(&gradients(&held), 0.01).unwrap();
+        let told = number(&clipped.step(&gradients(&held), 0.01).unwrap());
         assert!((told - norm).abs() < 1e-4 * norm);
         let mut whole = Optimizer::new(&training(OptimizerKind::Adamw), &weights("w", &free)).unwrap();
         whole.step(&gradients(&free), 0.01).unwrap();
@@ -226,12 +234,51 @@ mod tests {
     }
 
     #[test]
-    fn gradients_that_are_not_finite_change_nothing() {
-        let var = var((3, 4));
-        let mut optimizer = Optimizer::new(&training(OptimizerKind::Adamw), &weights("w", &var)).unwrap();
-        let loss = (var.as_tensor() * f64::INFINITY).unwrap().sum_all().unwrap();
-        assert!(!optimizer.step(&loss.backward().unwrap(), 0.1).unwrap().is_finite());
-        assert_eq!(values(&var), numbers(12));
+    fn gradients_below_the_clip_are_left_to_the_bit() {
+        // A clip just above the norm, and one far above: the same steps.
+        let (near, far) = (var((3, 4)), var((3, 4)));
+        let norm =
+            number(&squares([gradients(&near).get(near.as_tensor()).unwrap()].into_iter()).unwrap()).sqrt();
+        for (var, clip) in [(&near, norm * 1.001), (&far, 1e9)] {
+            let spec = TrainingSpec { clip, ..training(OptimizerKind::Adamw) };
+            Optimizer::new(&spec, &weights("w", var)).unwrap().step(&gradients(var), 0.01).unwrap();
+        }
+        assert_eq!(values(&near), values(&far));
+    }
+
+    #[test]
+    fn squares_of_all_ranks_are_added() {
+        let tensors = [
+            Tensor::new(2f32, &Device::Cpu).unwrap(),
+            Tensor::new(&[1f32, -3.0], &Device::Cpu).unwrap(),
+            Tensor::new(&[[1f32, 2.0, -1.0], [0.5, 0.0, 4.0]], &Device::Cpu).unwrap(),
+        ];
+        assert_eq!(number(&squares(tensors.iter()).unwrap()), 4.0 + 10.0 + 22.25);
+    }
+
+    #[test]
+    fn gradients_that_are_not_finite_change_no_weight() {
+        for (kind, bad) in [
+            (OptimizerKind::Adamw, f64::INFINITY),
+            (OptimizerKind::Adamw, f64::NAN),
+            (OptimizerKind::Muon, f64::NEG_INFINITY),
+            (OptimizerKind::Muon, f64::NAN),
+        ] {
+            // Of two weights only the second's gradient is bad, and in one place.
+            let (sound, spoilt) = (var((3, 4)), var((3, 4)));
+            let all = [("blocks.0.a.weight", &sound), ("blocks.0.b.weight", &spoilt)];
+            let all = all.map(|(name, var)| (name.to_owned(), var.clone())).into();
+            let mut optimizer = Optimizer::new(&training(kind), &all).unwrap();
+            let mut one = vec![1f32; 12];
+            one[5] = bad as f32;
+            let factors = Tensor::from_vec(one, (3, 4), &Device::Cpu).unwrap();
+            let loss =
+                (sound.as_tensor() + (spoilt.as_tensor() * factors).unwrap()).unwrap().sum_all().unwrap();
+            let norm = number(&optimizer.step(&loss.backward().unwrap(), 0.1).unwrap());
+            assert!(!norm.is_finite());
+            assert_eq!(values(&sound), numbers(12), "{kind:?} {bad}");
+            assert_eq!(values(&spoilt), numbers(12), "{kind:?} {bad}");
+        }
     }
 
     #[test]

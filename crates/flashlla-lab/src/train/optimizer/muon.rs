@@ -26,8 +26,8 @@ fn orthogonalised(matrix: &Tensor) -> Result<Tensor> {
     let (rows, columns) = matrix.dims2()?;
     // The products are smaller for a wide matrix.
     let wide = if rows > columns { matrix.t()?.contiguous()? } else { matrix.clone() };
-    let norm = f64::from(wide.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
-    let mut x = (wide / (norm + 1e-7))?;
+    let norm = (super::squares(std::iter::once(&wide))?.sqrt()? + 1e-7)?;
+    let mut x = wide.broadcast_div(&norm)?;
     let (a, b, c) = COEFFICIENTS;
     for _ in 0..ITERATIONS {
         let square = x.matmul(&x.t()?)?;
