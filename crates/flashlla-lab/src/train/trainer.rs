@@ -89,19 +89,15 @@ impl Run<'_> {
             let batch = next(step);
             let loss = self.network.loss(&batch)?;
             let gradients = loss.backward().map_err(candle)?;
-            // Before the weights change again: a run that diverged ends with those that it had.
-            if let Some(at) = tally.read()? {
-                return diverged(at);
-            }
-            let norm = optimizer.step(&gradients, rate).map_err(candle)?;
-            tally.add(step, &loss, &norm)?;
+            tally.add(step, optimizer.step(&loss, &gradients, rate).map_err(candle)?);
 
             let made = step + 1;
             let end = made == training.steps;
             let evaluates = end || made % training.evaluate_every == 0;
             let logs = evaluates || made % training.log_every == 0;
             let saves = !end && saved.elapsed() >= self.pace.checkpoint_every;
-            if (logs || saves)
+            // A processor has done the step by now; a GPU need not.
+            if (logs || saves || self.pace.device.is_cpu())
                 && let Some(at) = tally.read()?
             {
                 return diverged(at);

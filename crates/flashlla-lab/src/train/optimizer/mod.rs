@@ -49,6 +49,8 @@ pub struct Optimizer {
     clip: f64,
     /// Steps made.
     step: u64,
+    /// On the device: 0, or NaN after a loss or a norm that was not finite.
+    spoilt: Option<Tensor>,
 }
 
 /// Whether a weight is a matrix of a layer, rather than one that meets tokens or answers.
@@ -79,19 +81,28 @@ impl Optimizer {
             Ok(Slot { name: name.clone(), var: var.clone(), rule, decays: var.rank() >= 2, moments })
         };
         let slots = weights.iter().map(slot).collect::<Result<_>>()?;
-        Ok(Self { slots, weight_decay: training.weight_decay, clip: training.clip, step: 0 })
+        Ok(Self { slots, weight_decay: training.weight_decay, clip: training.clip, step: 0, spoilt: None })
     }
 
-    /// Makes a step at this learning rate; returns the gradients' norm before it is clipped, a number on their device.
+    /// Makes a step at this learning rate; returns the loss and the gradients' norm before it is clipped, `[2]`, on their
+    /// device.
     ///
-    /// Where that is not finite the weights stay as they are, while what is remembered of the gradients is spoilt.
-    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<Tensor> {
+    /// From the first step on where one of them is not finite the weights stay as they are, for whoever reads that later; what
+    /// is remembered of the gradients is spoilt then.
+    pub fn step(&mut self, loss: &Tensor, gradients: &GradStore, rate: f64) -> Result<Tensor> {
         // A weight that the loss does not depend on has no gradient. The graph behind one would stay in memory with the moments.
         let of = |slot: &Slot| gradients.get(slot.var.as_tensor()).map(Tensor::detach);
         let found: Vec<Option<Tensor>> = self.slots.iter().map(of).collect();
         let norm = squares(found.iter().flatten())?.sqrt()?;
         let factor = (norm.recip()? * self.clip)?.minimum(1.0)?;
-        let finite = norm.lt(f64::INFINITY)?;
+        let told = Tensor::stack(&[loss.detach(), norm], 0)?;
+        // 0, or NaN for ever.
+        let mut spoilt = (told.sum_all()? * 0.0)?;
+        if let Some(before) = &self.spoilt {
+            spoilt = (spoilt + before)?;
+        }
+        let sound = spoilt.lt(1.0)?;
+        self.spoilt = Some(spoilt);
         self.step += 1;
         for (slot, gradient) in self.slots.iter_mut().zip(found) {
             let Some(gradient) = gradient else { continue };
@@ -103,9 +114,9 @@ impl Optimizer {
                 Rule::Muon => muon::update(&mut slot.moments[0], &gradient)?,
             };
             let after = ((&before * (1.0 - rate * decay))? - (update * rate)?)?;
-            slot.var.set(&finite.broadcast_as(after.shape())?.where_cond(&after, &before)?)?;
+            slot.var.set(&sound.broadcast_as(after.shape())?.where_cond(&after, &before)?)?;
         }
-        Ok(norm)
+        Ok(told)
     }
 
     /// Everything that [`Optimizer::restore`] needs besides the weights.
@@ -133,6 +144,7 @@ impl Optimizer {
             }
         }
         self.step = step;
+        self.spoilt = None;
         Ok(())
     }
 }
@@ -174,10 +186,20 @@ mod tests {
     }
 
     /// A loss whose gradient changes with the weight.
-    fn gradients(var: &Var) -> GradStore {
+    fn loss(var: &Var) -> Tensor {
         let target = Tensor::from_vec(numbers(12), (3, 4), &Device::Cpu).unwrap().affine(2.0, 0.3).unwrap();
         let off = (var.as_tensor() - target).unwrap();
-        (off.sqr().unwrap().sqr().unwrap().sum_all().unwrap()).backward().unwrap()
+        off.sqr().unwrap().sqr().unwrap().sum_all().unwrap()
+    }
+
+    fn gradients(var: &Var) -> GradStore {
+        loss(var).backward().unwrap()
+    }
+
+    /// A step; returns the loss and the norm.
+    fn step(optimizer: &mut Optimizer, loss: &Tensor, rate: f64) -> [f32; 2] {
+        let told = optimizer.step(loss, &loss.backward().unwrap(), rate).unwrap();
+        told.to_vec1().unwrap().try_into().unwrap()
     }
 
     fn number(tensor: &Tensor) -> f64 {
@@ -201,7 +223,7 @@ mod tests {
         };
         let mut reference = candle_nn::AdamW::new(vec![theirs.clone()], params).unwrap();
         for _ in 0..20 {
-            optimizer.step(&gradients(&ours), 0.01).unwrap();
+            step(&mut optimizer, &loss(&ours), 0.01);
             reference.step(&gradients(&theirs)).unwrap();
         }
         for (a, b) in values(&ours).iter().zip(values(&theirs)) {
@@ -224,10 +246,12 @@ mod tests {
         // Adam does not care for the scale of gradients, Muon's momentum neither: look at what is remembered.
         let spec = TrainingSpec { clip: norm / 4.0, ..training(OptimizerKind::Adamw) };
         let mut clipped = Optimizer::new(&spec, &weights("w", &held)).unwrap();
-        let told = number(&clipped.step(&gradients(&held), 0.01).unwrap());
-        assert!((told - norm).abs() < 1e-4 * norm);
+        let before = loss(&held);
+        let told = step(&mut clipped, &before, 0.01).map(f64::from);
+        assert_eq!(told[0], number(&before));
+        assert!((told[1] - norm).abs() < 1e-4 * norm);
         let mut whole = Optimizer::new(&training(OptimizerKind::Adamw), &weights("w", &free)).unwrap();
-        whole.step(&gradients(&free), 0.01).unwrap();
+        step(&mut whole, &loss(&free), 0.01);
         for (a, b) in values(&clipped.state()[0].1).iter().zip(values(&whole.state()[0].1)) {
             assert!((4.0 * a - b).abs() < 1e-5 * (1.0 + b.abs()), "{a} {b}");
         }
@@ -241,7 +265,7 @@ mod tests {
             number(&squares([gradients(&near).get(near.as_tensor()).unwrap()].into_iter()).unwrap()).sqrt();
         for (var, clip) in [(&near, norm * 1.001), (&far, 1e9)] {
             let spec = TrainingSpec { clip, ..training(OptimizerKind::Adamw) };
-            Optimizer::new(&spec, &weights("w", var)).unwrap().step(&gradients(var), 0.01).unwrap();
+            step(&mut Optimizer::new(&spec, &weights("w", var)).unwrap(), &loss(var), 0.01);
         }
         assert_eq!(values(&near), values(&far));
     }
@@ -274,11 +298,27 @@ mod tests {
             let factors = Tensor::from_vec(one, (3, 4), &Device::Cpu).unwrap();
             let loss =
                 (sound.as_tensor() + (spoilt.as_tensor() * factors).unwrap()).unwrap().sum_all().unwrap();
-            let norm = number(&optimizer.step(&loss.backward().unwrap(), 0.1).unwrap());
-            assert!(!norm.is_finite());
-            assert_eq!(values(&sound), numbers(12), "{kind:?} {bad}");
-            assert_eq!(values(&spoilt), numbers(12), "{kind:?} {bad}");
+            assert!(!step(&mut optimizer, &loss, 0.1)[1].is_finite());
+            let as_before = || {
+                assert_eq!(values(&sound), numbers(12), "{kind:?} {bad}");
+                assert_eq!(values(&spoilt), numbers(12), "{kind:?} {bad}");
+            };
+            as_before();
+            // Nor do later steps, though nobody has read of the first yet.
+            let fine = (sound.as_tensor() + spoilt.as_tensor()).unwrap().sum_all().unwrap();
+            assert!(step(&mut optimizer, &fine, 0.1).iter().all(|x| x.is_finite()));
+            as_before();
         }
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_changes_no_weight() {
+        let var = var((3, 4));
+        let mut optimizer = Optimizer::new(&training(OptimizerKind::Adamw), &weights("w", &var)).unwrap();
+        let loss = (loss(&var) + f64::INFINITY).unwrap();
+        let [told, norm] = step(&mut optimizer, &loss, 0.1);
+        assert!(told == f32::INFINITY && norm.is_finite());
+        assert_eq!(values(&var), numbers(12));
     }
 
     #[test]
@@ -288,13 +328,13 @@ mod tests {
             let mut optimizer =
                 Optimizer::new(&training(kind), &weights("blocks.0.weight", &through)).unwrap();
             for _ in 0..3 {
-                optimizer.step(&gradients(&through), 0.01).unwrap();
+                step(&mut optimizer, &loss(&through), 0.01);
             }
             let later = Var::from_tensor(&through.as_tensor().copy().unwrap()).unwrap();
             let mut second = Optimizer::new(&training(kind), &weights("blocks.0.weight", &later)).unwrap();
             second.restore(3, &optimizer.state().into_iter().collect()).unwrap();
-            optimizer.step(&gradients(&through), 0.01).unwrap();
-            second.step(&gradients(&later), 0.01).unwrap();
+            step(&mut optimizer, &loss(&through), 0.01);
+            step(&mut second, &loss(&later), 0.01);
             assert_eq!(values(&through), values(&later), "{kind:?}");
             assert!(second.restore(3, &HashMap::new()).is_err());
         }
