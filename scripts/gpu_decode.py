@@ -25,7 +25,7 @@ def variant(kernels, entry, dtype, d, paged, page_size):
     for name in kernels.names:
         if match := re.fullmatch(rf"{entry}_{NAMES[dtype]}_n(\d+)_d{d}_p(\d+)", name):
             pages = int(match[2])
-            if page_size % pages == 0 if paged and pages else not paged and not pages:
+            if paged == (pages > 0) and page_size % max(pages, 1) == 0:
                 found.append((pages, name, int(match[1])))
     if not found:
         raise KeyError(f"no {entry} for {dtype} d={d} paged={paged} pages of {page_size} in {kernels.folder}")

@@ -127,8 +127,8 @@ type Turns = (Tensor, Tensor);
 #[derive(Debug, Clone)]
 pub struct Rotary {
     base: f64,
-    /// Those made last, and for what. Making and sending them takes longer than all else that attention's queries need, and
-    /// may have to wait for a GPU; in training they are the same at every step.
+    /// Those made last, and for what. They are made on the host and sent to the device; in
+    /// training they are the same at every step.
     last: Arc<Mutex<Option<(TurnsOf, Turns)>>>,
 }
 

@@ -64,11 +64,12 @@ fn bundles_give_back_what_was_packed() {
 fn the_index_reads_as_it_is_written() {
     let json = br#"{"toolchain": "13.5.37", "kernels": [{"name": "lla_forward_m64_n32_d128_h1_b0_a0", "entry": "lla_forward",
         "arch": "sm_90", "dtype": "", "bm": 64, "bn": 32, "d": 128, "high": true, "bias": false, "aligned": false,
-        "registers": 200, "stack": 8, "shared": 65536, "offset": 2, "size": 3}]}"#;
+        "page_keys": 16, "kind": 2, "registers": 200, "stack": 8, "shared": 65536, "offset": 2, "size": 3}]}"#;
     let plain = [MAGIC.as_slice(), &(json.len() as u32).to_le_bytes(), json, b"abcdef"].concat();
     let bundle = parse(&frame(&plain)).unwrap();
     let kernel = &bundle.index().kernels[0];
     assert_eq!((kernel.block_queries, kernel.block_keys, kernel.head_dim, kernel.high), (64, 32, 128, true));
+    assert_eq!((kernel.page_keys, kernel.kind), (16, 2));
     assert_eq!(bundle.cubin(kernel), b"cde");
     assert_eq!(bundle.index().driver, 13000);
 }

@@ -37,7 +37,7 @@ def decode(
     max_length: int | None = None,
     return_diagnostics: bool = False,
 ) -> Any:
-    """Local Linear Attention of the newest queries of each sequence over a cache: exact, in one pass over the cache.
+    """Local Linear Attention of the newest queries of each sequence over a cache, in one pass over it, or in a few.
 
     The answer is that of `attention` at those positions. The cache must already hold the queries' own keys and values: query i
     of t stands at token `lengths - t + i` of its sequence. There are no gradients.

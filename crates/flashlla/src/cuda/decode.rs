@@ -35,8 +35,8 @@ pub struct DevicePool {
 }
 
 impl DevicePool {
-    /// Its strides as the kernels take them.
-    pub(super) fn strides(&self, arguments: Arguments) -> Arguments {
+    /// The arguments, and then its strides as the kernels take them.
+    pub(super) fn after(&self, arguments: Arguments) -> Arguments {
         let [page, head, slot] = self.strides;
         arguments.i32s([page as i32]).i64s([head]).i32s([slot as i32])
     }
@@ -60,6 +60,20 @@ pub struct PoolLayout {
     pub page_size: usize,
     /// A block table says which page holds what; otherwise page `b` is sequence `b`.
     pub paged: bool,
+}
+
+impl PoolLayout {
+    /// Columns of the block table of sequences with room for `keys` tokens; 1 without a table.
+    pub(super) fn table_width(&self, keys: usize) -> usize {
+        if self.paged { keys / self.page_size } else { 1 }
+    }
+}
+
+/// The most key tiles that a sequence's queries look at, of `most` tokens, with a window unless it is 0.
+pub(super) fn key_tiles(most: usize, window: usize, queries: usize, tile: usize) -> usize {
+    let tiles = most.div_ceil(tile).max(1);
+    // A window may begin and end inside a tile.
+    if window > 0 { tiles.min((window + queries).div_ceil(tile) + 1) } else { tiles }
 }
 
 /// What a decoding reads and writes, all in device memory.
@@ -248,11 +262,8 @@ impl DecodePlan {
 
     fn schedule(&self, longest: usize) -> Schedule {
         let rows = self.rows().max(1);
-        let mut tiles = longest.min(self.attention.keys()).div_ceil(self.tile).max(1);
-        if self.window() > 0 {
-            // A window may begin and end inside a tile.
-            tiles = tiles.min((self.window() + self.attention.queries()).div_ceil(self.tile) + 1);
-        }
+        let most = longest.min(self.attention.keys());
+        let tiles = key_tiles(most, self.window(), self.attention.queries(), self.tile);
         // As many splits as fill the GPU once.
         let blocks = self.context().multiprocessors() * if self.width <= 64 { 2 } else { 1 };
         let wanted = tiles.div_ceil((blocks / rows).max(1));
@@ -261,7 +272,6 @@ impl DecodePlan {
         let splits = tiles.div_ceil(of_split);
         let part = (2 * self.width + 2) * self.width * 4;
         let at_once = (MOST_MOMENTS / (splits * part)).clamp(1, rows);
-        let most = longest.min(self.attention.keys());
         let mut places = Places::default();
         let places = &mut places;
         let multiprocessors = self.context().multiprocessors();
@@ -284,7 +294,8 @@ impl DecodePlan {
 
     /// Whether queries that share a KV head are solved together in a run whose longest sequence has `longest` tokens: where that is
     /// expected to be faster. On an H100 it is for 8 query heads per KV head from some 160,000 keys on, all sequences and KV heads counted, for 4 from
-    /// 560,000, and for fewer never, at head dimensions up to 64; above, from 80,000, 210,000, and 1,500,000 for 2.
+    /// 560,000, and for 2 never, at head dimensions up to 64; above, from 76,000, 210,000, and 1,440,000 for 2. Whatever this says, queries or
+    /// outputs of which those of a KV head are 2^30 elements apart are not.
     pub fn is_shared(&self, longest: usize) -> bool {
         self.schedule(longest).shared.is_some()
     }
@@ -344,7 +355,7 @@ impl DecodePlan {
         let [key_mean, probe_out] = p.state.unwrap_or([0, 0]);
         let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
         let PoolLayout { pages, page_size, paged } = self.layout;
-        let table_width = if paged { a.keys() / page_size } else { 1 };
+        let table_width = self.layout.table_width(a.keys());
         let table = p.table.unwrap_or(0);
         let strides = |arguments: Arguments, view: &DeviceView| {
             arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
@@ -352,7 +363,7 @@ impl DecodePlan {
         let mut options = self.options + option::PROBE_GIVEN * i32::from(p.probe.is_some());
         let mut todo = 0;
         if let (Some(shared), Some(schedule)) = (&self.shared, &plan.shared)
-            && shared.reaches(a, p)
+            && Shared::reaches(a, p)
         {
             let call = Call {
                 pointers: p,
@@ -384,7 +395,7 @@ impl DecodePlan {
                 .then(&common(options))
                 .i32s([int(table_width), int(pages), int(page_size), int(plan.tiles)])
                 .i32s([int(a.head_dim()), int(a.value_dim())]);
-            let split = p.v.strides(p.k.strides(strides(split, &p.q))).i32s([scale.stride]);
+            let split = p.v.after(p.k.after(strides(split, &p.q))).i32s([scale.stride]);
             let cut = [int(plan.splits), int(plan.tiles * self.tile), int(self.tile)];
             let fold =
                 Arguments::new().pointers([p.lengths, moments, state, todo]).then(&common(options)).i32s(cut);
@@ -399,7 +410,7 @@ impl DecodePlan {
                 .i32s([int(table_width), int(pages), int(page_size)])
                 .i32s(cut)
                 .i32s([int(a.head_dim()), int(a.value_dim())]);
-            let merge = p.k.strides(strides(merge, &p.q)).i32s(ridge.strides);
+            let merge = p.k.after(strides(merge, &p.q)).i32s(ridge.strides);
             let merge = strides(merge, &p.out)
                 .f32((self.tolerance * self.tolerance) as f32)
                 .i32s([self.max_iters])

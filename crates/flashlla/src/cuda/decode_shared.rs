@@ -5,7 +5,7 @@
 //! left to the moments: the GPU notes which, and the host, which does not see it, launches both.
 
 use super::bundle::Wanted;
-use super::decode::{DecodePointers, PoolLayout};
+use super::decode::{DecodePointers, PoolLayout, key_tiles};
 use super::driver::{Arguments, Function};
 use super::plan::{Places, int, side};
 use super::{DeviceRidge, DeviceScale, DeviceView, Inner, RawStream};
@@ -68,7 +68,7 @@ pub(super) struct SharedSchedule {
     pub todo: u64,
 }
 
-/// What both ways of decoding are told about a call.
+/// What a run is told about its call.
 pub(super) struct Call<'a> {
     pub pointers: &'a DecodePointers,
     pub layout: PoolLayout,
@@ -123,7 +123,7 @@ impl Shared {
     }
 
     /// Whether the kernels reach all queries and outputs of a KV head with 32 bits.
-    pub fn reaches(&self, a: &Attention, pointers: &DecodePointers) -> bool {
+    pub fn reaches(a: &Attention, pointers: &DecodePointers) -> bool {
         [pointers.q, pointers.out].iter().all(|view| {
             let far = |stride: i64, by: usize| stride.unsigned_abs().saturating_mul(by as u64);
             let [_, head, row] = view.strides;
@@ -149,11 +149,7 @@ impl Shared {
         places: &mut Places,
     ) -> Option<SharedSchedule> {
         let tiles = a.batch() * a.kv_heads() * (a.group() * a.queries()).div_ceil(TILE);
-        let mut key_tiles = most.div_ceil(self.tile).max(1);
-        if window > 0 {
-            // A window may begin and end inside a tile.
-            key_tiles = key_tiles.min((window + a.queries()).div_ceil(self.tile) + 1);
-        }
+        let key_tiles = key_tiles(most, window, a.queries(), self.tile);
         if !self.is_worthwhile(a, key_tiles * self.tile) {
             return None;
         }
@@ -190,8 +186,8 @@ impl Shared {
         let [sums, parts, vectors, record] =
             [plan.sums, plan.parts, plan.vectors, plan.record].map(|at| base + at);
         let [kept, live, todo] = [plan.kept, plan.live, plan.todo].map(|at| base + at);
-        let PoolLayout { pages, page_size, paged } = call.layout;
-        let table_width = if paged { a.keys() / page_size } else { 1 };
+        let PoolLayout { pages, page_size, .. } = call.layout;
+        let table_width = call.layout.table_width(a.keys());
         let common = Arguments::new()
             .i32s([call.options, int(a.kv_heads()), int(a.group()), int(a.queries())])
             .i32s([int(call.window), int(call.most)]);
@@ -204,7 +200,7 @@ impl Shared {
             .then(&common)
             .i32s([int(table_width), int(pages), int(page_size), int(plan.of_split)])
             .i32s([int(a.head_dim()), int(a.value_dim())]);
-        let pass = p.v.strides(p.k.strides(rows(pass, &p.q))).i32s([call.scale.stride]);
+        let pass = p.v.after(p.k.after(rows(pass, &p.q))).i32s([call.scale.stride]);
         let [key_mean, probe] = p.state.unwrap_or([0, 0]);
         let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
         let step = Arguments::new()

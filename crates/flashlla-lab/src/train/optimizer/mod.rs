@@ -2,8 +2,8 @@
 //!
 //! `candle_nn::AdamW` keeps its moments to itself, so that a run could not go on after a stop; ours is tested against it.
 //!
-//! Nothing here waits for a GPU: what gradients decide, their norm and whether they are finite, stays on it. A wait for every
-//! weight leaves the GPU with nothing to do as often.
+//! Nothing here waits for a GPU: what gradients decide, their norm and whether they are finite, stays on it. (Waits for
+//! every weight were not seen to cost time in the models of the experiments.)
 
 mod adamw;
 mod muon;
