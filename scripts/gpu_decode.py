@@ -78,7 +78,7 @@ class Shared:
 class Decode:
     """Buffers and launch arguments of one shape. `k`, `v`: pools [pages, kv_heads, page_size, d]; contiguous without a table."""
 
-    def __init__(self, kernels, q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None, split_tiles=None, state=True, shared=None):
+    def __init__(self, kernels, q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None, split_tiles=None, state=True, shared=None, whole=None):
         self.kernels = kernels
         batch, heads, t, d = q.shape
         pages, kv_heads, page_size, dv = v.shape
@@ -89,7 +89,7 @@ class Decode:
         tiles = -(-page_size * (1 if table is None else table.shape[1]) // bn)
         most = -(-int(lengths.max()) // bn) + 1
         tiles = min(tiles, most if window is None else -(-window // bn) + 1)
-        step = split_tiles or plan(rows, tiles, BLOCKS[pad])
+        step = split_tiles or (tiles if whole else plan(rows, tiles, BLOCKS[pad]))
         assert -(-tiles // step) <= 64
         splits = max(1, -(-tiles // step))
         self.out, self.lse = torch.empty(batch, heads, t, dv, device=dev, dtype=q.dtype), torch.empty(batch, heads, t, device=dev)
@@ -123,12 +123,22 @@ class Decode:
                       + [i32(width), i32(pages), i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
                       + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
                       + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
+        self.whole = None
+        if splits == 1 and pad == 64 and whole is not False:
+            self.whole = (variant(kernels, "lla_decode_whole", q.dtype, pad, table is not None, page_size)[0], "lla_decode_whole", (rows,),
+                          [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(scale), ptr(lam), ptr(self.out), ptr(self.lse), ptr(self.key_mean), ptr(self.probe),
+                           ptr(self.iterations), ptr(self.relative), ptr(todo), i32(options)] + where[1:] + [i32(width), i32(pages), i32(page_size), i32(d), i32(dv)]
+                          + rowed(q) + paged(k) + paged(v) + [i32(0)] + [i32(x) for x in lam.stride()] + rowed(self.out)
+                          + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
         self.splits = splits
         self.keep = (q, k, v, table, lengths, moments, parts, scale, lam)
 
     def __call__(self):
         for launch in self.shared.launches if self.shared else []:
             self.kernels(*launch)
+        if self.whole:
+            self.kernels(*self.whole)
+            return self
         self.kernels(*self.split)
         if self.splits > FEW:
             self.kernels(*self.fold)

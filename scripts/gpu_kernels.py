@@ -71,15 +71,15 @@ class Kernels:
 
     def convert(self, groups, pad, found=None):
         """Converts one or two groups of [B, H, n, d] tensors, each of one or two of the same heads and rows, to padded fp16 rows and their
-        units: (rows, units, bad, bad_row) for each group. `found` are largest magnitudes that a kernel has already written."""
+        units: (rows, units, marks) for each group. `found` are largest magnitudes that a kernel has already written."""
         results, magnitudes, shape, strides = [], [], [], []
         for tensors in (groups[0], groups[-1]):
             batch, heads, rows, _ = tensors[0].shape
             padded, dev = up(rows, 128), tensors[0].device
             if len(results) < len(groups):
                 amax = torch.empty(2, batch * heads, padded // 64, device=dev) if found is None else found
-                results.append((torch.empty(2, batch * heads, padded, pad, device=dev, dtype=torch.float16), torch.empty(2, batch * heads, device=dev),
-                                torch.empty_like(amax), torch.empty(2, batch * heads, padded, device=dev)))
+                results.append((torch.empty(2, batch * heads, padded, pad, device=dev, dtype=torch.float16), torch.empty(6, batch * heads, device=dev),
+                                torch.empty(2, batch * heads, padded, device=dev)))
                 magnitudes.append(amax)
             shape += [i32(batch * heads), i32(heads), i32(rows), i32(padded // 64)]
             for t in (tensors[0], tensors[-1]):
@@ -88,14 +88,16 @@ class Kernels:
         sources = [ptr(t) for pair in pairs for t in pair]
         both = [(r, m) for r, m in zip(results, magnitudes)]
         both = [both[0], both[-1]]
+        halves = [ptr(half) for r, _ in both for half in r[0]]
         everything = [t for tensors in groups for t in tensors]
         grid = (max(m.shape[2] for m in magnitudes), max(m.shape[1] for m in magnitudes), len(everything))
         kind = f"{NAMES[everything[0].dtype]}_d{pad}_a{int(all(aligned(t) for t in everything))}"
         if found is None:
-            marks = [ptr(t) for (_, _, bad, bad_row), m in both for t in (m, bad, bad_row)]
-            self(f"lla_range_{kind}", "lla_range", grid, sources + marks + shape + strides)
-        self(f"lla_convert_{kind}", "lla_convert", grid, sources + [ptr(m) for _, m in both] + [ptr(half) for r, _ in both for half in r[0]]
-             + [ptr(r[1]) for r, _ in both] + shape + strides)
+            noted = [ptr(t) for (_, unit, marks), m in both for t in (m, marks, unit)]
+            self(f"lla_convert_{kind}", "lla_convert", grid, sources + noted + halves + shape + strides)
+        noted = [ptr(t) for (_, unit, _), m in both for t in (m, unit)]
+        grid = grid if found is not None else (-(-grid[0] // 8), *grid[1:])
+        self(f"lla_adjust_{kind}", "lla_adjust", grid, sources + noted + halves + shape + strides + [i32(found is None)])
         return results
 
     def forward(self, q, k, v, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, given=None, bias=None,
@@ -103,7 +105,8 @@ class Kernels:
         batch, heads, n, d = q.shape
         kv_heads, m, dv = k.shape[1], k.shape[2], v.shape[-1]
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
-        [(kvh, unit, bad, bad_row)] = self.convert([(k, v)], pad)
+        [(kvh, unit, marks)] = self.convert([(k, v)], pad)
+        qh = torch.empty(rows, up(n, 128), pad, device=dev, dtype=torch.float16)
         np_, mp = up(n, 128), up(m, 128)
         out = torch.empty(batch, heads, n, dv, device=dev, dtype=q.dtype) if out is None else out
         options = (CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self
@@ -127,18 +130,18 @@ class Kernels:
         kind, has = NAMES[q.dtype], bias is not None
         name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out))
         self(name, "lla_forward", (rows, -(-n // bm)),
-             [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
+             [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(qh), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
              + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(dv), i64(out.stride(0)), i64(out.stride(1)),
                 i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), f32(err * err), i32(cap), i32(save), i32(save and given is None),
                                                      i32(diagnostics)])
-        self.poison(kind, pad, bad, bad_row, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
+        self.poison(kind, pad, unit, marks, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res)
 
-    def poison(self, kind, pad, bad, bad_row, out, lse, options, shape, lo, hi, dv, save):
+    def poison(self, kind, pad, unit, marks, out, lse, options, shape, lo, hi, dv, save):
         rows, heads, kv_heads, n, m, mp, offset, window = shape
-        self(f"lla_poison_{kind}_d{pad}", "lla_poison", (rows, -(-n // 64)),
-             [ptr(bad), ptr(bad_row), ptr(out), ptr(lse), i32(options), i32(heads), i32(kv_heads), i32(n), i32(m), i32(mp), i32(offset), i32(window or 0),
+        self(f"lla_poison_{kind}_d{pad}", "lla_poison", (rows, -(-n // 512)),
+             [ptr(unit), ptr(marks), ptr(out), ptr(lse), i32(options), i32(heads), i32(kv_heads), i32(n), i32(m), i32(mp), i32(offset), i32(window or 0),
               ptr(lo), ptr(hi), i32(0), i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2)), i32(save)])
 
     def backward(self, q, k, v, grad, saved, ridge, causal=True, window=None, offset=0, ranges=None, skip_self=False, bias=None,
@@ -149,7 +152,7 @@ class Kernels:
         pad, dev, rows = (64 if max(d, dv) <= 64 else 128), q.device, batch * heads
         np_, mp = up(n, 128), up(m, 128)
         scale = d ** -0.5 if scale is None else scale
-        (kvh, unit, _, _), (qgh, q_unit, _, _) = self.convert([(k, v), (q, grad)], pad)
+        (kvh, unit, _), (qgh, q_unit, _) = self.convert([(k, v), (q, grad)], pad)
         x = saved["probe"]
         options = CAUSAL * causal | WINDOW * (window is not None) | RANGES * (ranges is not None) | LEAVE_ONE_OUT * skip_self | HEAVY_FIRST * causal
         lo, hi = ranges or (None, None)
@@ -179,7 +182,7 @@ class Kernels:
              [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(key_mean), ptr(x), ptr(None), ptr(y),
               ptr(amax), ptr(scalars), ptr(dridge), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
              + [f32(tol * tol), f32(err * err), i32(cap), i32(diagnostics)])
-        [((xh, yh), (x_unit, y_unit), _, _)] = self.convert([[t.view(batch, heads, np_, pad)[:, :, :n] for t in (x, y)]], pad, amax)
+        [((xh, yh), (x_unit, y_unit, *_), _)] = self.convert([[t.view(batch, heads, np_, pad)[:, :, :n] for t in (x, y)]], pad, amax)
         dbias = torch.empty(rows, m, device=dev) if has else None
         self(query, "lla_backward_query", (rows, -(-n // qm)),
              [ptr(qgh[0]), ptr(qgh[1]), ptr(xh), ptr(yh), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(x_unit), ptr(y_unit), ptr(unit),

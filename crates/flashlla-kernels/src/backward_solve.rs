@@ -26,7 +26,7 @@ pub mod backward_solve {
         x: *mut f32,          // [batch * heads, np, D]: the forward's probe
         c: *mut f32,          // out [batch * heads, np, D], option 16 only
         y: *mut f32,          // out [batch * heads, np, D]
-        amax: *mut f32, // out [2, batch * heads, np / BM]: largest magnitudes of the probe and of y, as lla_range finds them
+        amax: *mut f32, // out [2, batch * heads, np / BM]: largest magnitudes of the probe and of y, as lla_convert finds them
         scalars: *mut f32, // out [4, batch * heads, np]: mean of g.v; of the step beyond y: length, y's share of dq, part of dscale
         dridge: *mut f32,  // out [batch * heads, n]
         iterations: *mut i32, // out [batch * heads, n] if diagnostics

@@ -1,12 +1,9 @@
 //! The first step of decoding: moments of the keys and values of one split, for one query.
-//!
-//! All are entries of `X^T X` with rows `X_j = sqrt(w_j) [k_j, v_j, 1]`. X is rounded to fp16 once and every moment is made from the
-//! rounded X: what comes out is then the exact answer for keys and values off by 2^-11 of themselves, where moments rounded apart
-//! would not cancel in `S / l - kbar kbar^T`.
 
 #[cutile::module]
 pub mod decode_split {
     use super::super::decode::decode::*;
+    use super::super::moments::moments::*;
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 
@@ -69,145 +66,26 @@ pub mod decode_split {
         let first: i32 = lo / BN + pid.1 * split_tiles;
         let end: i32 = min(first + split_tiles, ceil_div(hi, BN));
         if (first < end) && is_wanted(options, todo, row) {
-            let kv0: Tensor<E, { [-1, -1, -1] }> =
-                pool::<E>(k, wide(head) * k_head, pages, page_size, d, k_page, k_row);
-            let kp: Partition<E, { [1, BN, D] }> = kv0.partition(const_shape![1, BN, D]);
-            let vv0: Tensor<E, { [-1, -1, -1] }> =
-                pool::<E>(v, wide(head) * v_head, pages, page_size, dv, v_page, v_row);
-            let vp: Partition<E, { [1, BN, D] }> = vv0.partition(const_shape![1, BN, D]);
-            let page: i32 = page_of::<PAGED>(table, width, batch, lo, page_size, pages);
-            let first_key: Tile<f32, { [D] }> = load_one::<E, D>(
-                k,
-                wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row),
-                d,
-            );
-            let shift: Tile<f32, { [1, D] }> = first_key.reshape(const_shape![1, D]);
-            let shift: Tile<f32, { [BN, D] }> = shift.broadcast(const_shape![BN, D]);
             let at: i64 = wide(batch) * q_batch + wide(head * group + g) * q_head + wide(i) * wide(q_row);
-            let row: Tile<E, { [D] }> = load_column::<E, D>(slice::<E>(q, at), 1i32, d);
-            let row: Tile<E, { [1, D] }> = row.reshape(const_shape![1, D]);
-            let query: Tile<E, { [16, D] }> = row.broadcast(const_shape![16, D]);
-            let row: Tile<f32, { [1, D] }> = convert_tile(row);
-            let scale: f32 = load_scalar(slice::<f32>(scale, wide(head * scale_head)));
-            let sc: Tile<f32, { [BN] }> = broadcast_scalar(scale * 1.4426950408889634f32, const_shape![BN]);
-            let none: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
-            let never: Tile<f32, { [BN] }> = constant(-1.0e30f32, const_shape![BN]);
-            let half: Tile<f32, { [BN] }> = constant(0.5f32, const_shape![BN]);
-            let mut m: f32 = -1.0e30f32;
-            // Units from four of the split's keys and values, which lie in one page.
-            let a: i32 = max(lo, first * BN);
-            let mut more: i32 = min(hi, first * BN + BN) - a;
-            if PAGED == 2i32 {
-                more = min(more, page_size - a % page_size);
-            }
-            let page: i32 = page_of::<PAGED>(table, width, batch, a, page_size, pages);
-            let at: i64 = wide(page) * wide(k_page) + wide(head) * k_head + wide(a % page_size) * wide(k_row);
-            let some: Tile<f32, { [4, D] }> = sample::<E, D>(slice::<E>(k, at), k_row, more, d);
-            let unshifted: Tile<f32, { [4, D] }> =
-                first_key.reshape(const_shape![1, D]).broadcast(const_shape![4, D]);
-            let k_most: f32 = max(largest::<4, D>(some - unshifted), 0.0625f32 * largest::<4, D>(unshifted));
-            let at: i64 = wide(page) * wide(v_page) + wide(head) * v_head + wide(a % page_size) * wide(v_row);
-            let some: Tile<f32, { [4, D] }> = sample::<E, D>(slice::<E>(v, at), v_row, more, dv);
-            let v_most: f32 = largest::<4, D>(some);
-            let ku: f32 = unit_for(k_most);
-            let vu: f32 = unit_for(v_most);
-            let to_k: f32 = 1.0f32 / ku;
-            let to_v: f32 = 1.0f32 / vu;
-            let mut l: Tile<f32, { [BN] }> = constant(0.0f32, const_shape![BN]);
-            let mut s_kk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-            let mut s_vk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-            let mut s_k: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
-            let mut s_v: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
-            let key_parts: Partition<E, { [1, 16, D] }> = kv0.partition(const_shape![1, 16, D]);
-            let value_parts: Partition<E, { [1, 16, D] }> = vv0.partition(const_shape![1, 16, D]);
-            for j in first..end {
-                let key: i32 = j * BN;
-                let page: i32 = page_of::<PAGED>(table, width, batch, key, page_size, pages);
-                let slot: i32 = key % page_size / BN;
-                let kt: Tile<E, { [BN, D] }> = if PAGED == 2i32 {
-                    four_parts::<E, BN, D>(&key_parts, table, width, batch, key, page_size, pages)
-                } else {
-                    let kt: Tile<E, { [1, BN, D] }> = kp.load([page, slot, 0i32]);
-                    kt.reshape(const_shape![BN, D])
-                };
-                let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
-                let products: Tile<f32, { [BN] }> = if WIDE == 1i32 {
-                    reduce_sum(kf * row.broadcast(const_shape![BN, D]), 1i32)
-                } else {
-                    let zero: Tile<f32, { [BN, 16] }> = constant(0.0f32, const_shape![BN, 16]);
-                    let products: Tile<f32, { [BN, 16] }> = mma(kt, query.transpose(), zero);
-                    reduce_max(products, 1i32)
-                };
-                let mut s: Tile<f32, { [BN] }> = products * sc;
-                let mut kf: Tile<f32, { [BN, D] }> = kf - shift;
-                let edge: bool = (key < lo) || (key + BN > hi);
-                if edge {
-                    let seen: Tile<bool, { [BN] }> = between::<BN>(key, lo, hi);
-                    s = select(seen, s, never);
-                    let seen: Tile<bool, { [BN, D] }> =
-                        seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                    kf = select(seen, kf, none);
-                }
-                let top: Tile<f32, { [] }> = reduce_max(s, 0i32);
-                let top: f32 = tile_to_scalar(top);
-                // Weights stay below 2^8, so that few tiles move the maximum.
-                if top > m + 8.0f32 {
-                    let f: f32 = power(m - top);
-                    l = l * broadcast_scalar(f, const_shape![BN]);
-                    s_kk = s_kk * broadcast_scalar(f, const_shape![D, D]);
-                    s_vk = s_vk * broadcast_scalar(f, const_shape![D, D]);
-                    s_k = s_k * broadcast_scalar(f, const_shape![D, 16]);
-                    s_v = s_v * broadcast_scalar(f, const_shape![D, 16]);
-                    m = top;
-                }
-                let root: Tile<f32, { [BN] }> =
-                    exp2((s - broadcast_scalar(m, const_shape![BN])) * half, ftz::Enabled);
-                let of_k: Tile<f32, { [BN] }> = root * broadcast_scalar(to_k, const_shape![BN]);
-                let of_k: Tile<f32, { [BN, D] }> =
-                    of_k.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                let xk: Tile<f16, { [BN, D] }> = convert_tile(kf * of_k);
-                let sixty_four: Tile<f32, { [BN] }> = constant(64.0f32, const_shape![BN]);
-                let x1: Tile<f16, { [BN] }> = convert_tile(root * sixty_four);
-                let w: Tile<f32, { [BN] }> = convert_tile(x1);
-                l = l + w * w;
-                let x1: Tile<f16, { [BN, 16] }> =
-                    x1.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, 16]);
-                s_kk = mma(xk.transpose(), xk, s_kk);
-                s_k = mma(xk.transpose(), x1, s_k);
-                let vt: Tile<E, { [BN, D] }> = if PAGED == 2i32 {
-                    four_parts::<E, BN, D>(&value_parts, table, width, batch, key, page_size, pages)
-                } else {
-                    let vt: Tile<E, { [1, BN, D] }> = vp.load([page, slot, 0i32]);
-                    vt.reshape(const_shape![BN, D])
-                };
-                let mut vf: Tile<f32, { [BN, D] }> = convert_tile(vt);
-                if edge {
-                    let seen: Tile<bool, { [BN] }> = between::<BN>(key, lo, hi);
-                    let seen: Tile<bool, { [BN, D] }> =
-                        seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                    vf = select(seen, vf, none);
-                }
-                let of_v: Tile<f32, { [BN] }> = root * broadcast_scalar(to_v, const_shape![BN]);
-                let of_v: Tile<f32, { [BN, D] }> =
-                    of_v.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                let xv: Tile<f16, { [BN, D] }> = convert_tile(vf * of_v);
-                s_vk = mma(xv.transpose(), xk, s_vk);
-                s_v = mma(xv.transpose(), x1, s_v);
-            }
+            let (s, t, k_sum, v_sum, m, l): (
+                Tile<f32, { [D, D] }>,
+                Tile<f32, { [D, D] }>,
+                Tile<f32, { [D] }>,
+                Tile<f32, { [D] }>,
+                f32,
+                f32,
+            ) = moments_of::<E, BN, D, PAGED, WIDE>(
+                q, at, k, v, table, scale, batch, head, lo, hi, first, end, width, pages, page_size, d, dv,
+                k_page, k_head, k_row, v_page, v_head, v_row, scale_head,
+            );
             let part: i32 = pid.0 * grid.1 + pid.1;
-            store_square::<D>(moments, part, 0i32, s_kk * broadcast_scalar(ku * ku, const_shape![D, D]));
-            store_square::<D>(moments, part, 1i32, s_vk * broadcast_scalar(vu * ku, const_shape![D, D]));
-            let k_sum: Tile<f32, { [D] }> = reduce_max(s_k, 1i32);
-            let v_sum: Tile<f32, { [D] }> = reduce_max(s_v, 1i32);
+            store_square::<D>(moments, part, 0i32, s);
+            store_square::<D>(moments, part, 1i32, t);
             let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
-            let k_sum: Tile<f32, { [D] }> = k_sum * broadcast_scalar(ku * 0.015625f32, const_shape![D]);
-            let v_sum: Tile<f32, { [D] }> = v_sum * broadcast_scalar(vu * 0.015625f32, const_shape![D]);
             store_column::<f32, D>(slice::<f32>(moments, at), D, k_sum);
             store_column::<f32, D>(slice::<f32>(moments, at + wide(D)), D, v_sum);
-            let l: Tile<f32, { [] }> = reduce_sum(l, 0i32);
-            let l: f32 = tile_to_scalar(l);
             store_number(state, wide(part) * wide(2i32), m);
-            store_number(state, wide(part) * wide(2i32) + wide(1i32), l * 0.000244140625f32);
+            store_number(state, wide(part) * wide(2i32) + wide(1i32), l);
         }
     }
 }

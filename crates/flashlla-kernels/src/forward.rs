@@ -13,6 +13,23 @@ pub mod forward {
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 
+    /// The ridge of every query of a block.
+    unsafe fn ridges<const BM: i32>(
+        ridge: *mut f32,
+        batch: i32,
+        head: i32,
+        first: i32,
+        rows: i32,
+        batch_stride: i32,
+        head_stride: i32,
+        row_stride: i32,
+    ) -> Tile<f32, { [BM, 1] }> {
+        let at: i64 = wide(batch) * wide(batch_stride)
+            + wide(head) * wide(head_stride)
+            + wide(first) * wide(row_stride);
+        load_rowwise::<f32, BM>(slice::<f32>(ridge, at), row_stride, rows)
+    }
+
     /// `ALIGNED` = 1: bases, strides and columns of q and out are multiples of 16 bytes.
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
@@ -29,6 +46,7 @@ pub mod forward {
         kh: *mut f16,         // [batch * kv_heads, mp, D]
         vh: *mut f16,         // [batch * kv_heads, mp, D]
         unit: *mut f32,       // [2, batch * kv_heads]: units of keys and values
+        qh: *mut f16,         // scratch [batch * heads, np, D] if D is 64
         out: *mut E,          // out [batch, heads, n, dv], strided
         key_mean: *mut f32,   // out [batch * heads, np, D]
         x: *mut f32,          // out [batch * heads, np, D] if save_probe; in: the given one under option 16
@@ -105,6 +123,13 @@ pub mod forward {
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
         let kv0: i32 = kv * (mp / BN);
         let ku: f32 = load_scalar(slice::<f32>(unit, wide(kv)));
+        // Numbers that are needed late: 128 wide they are read here, where nothing waits for them. At 64 they have no registers until then.
+        let mut lam: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
+        let mut vu: f32 = 0.0f32;
+        if D != 64i32 {
+            lam = ridges::<BM>(ridge, batch, head, first, rows, ridge_batch, ridge_head, ridge_row);
+            vu = load_scalar(slice::<f32>(unit, wide(kvs + kv)));
+        }
         let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
         let kun: Tile<f32, { [BM, 1] }> = broadcast_scalar(ku, const_shape![BM, 1]);
@@ -129,7 +154,12 @@ pub mod forward {
             magnitude = 0.0f32 - scale;
         }
         let qu: Tile<f32, { [BM, 1] }> = broadcast_scalar(sign, const_shape![BM, 1]) * qn;
-        let tq: Tile<f16, { [BM, D] }> = convert_tile(qf * across::<BM, D>(one / qu));
+        let mut tq: Tile<f16, { [BM, D] }> = convert_tile(qf * across::<BM, D>(one / qu));
+        if D == 64i32 {
+            // By way of memory, products read the queries where they arrive, in shared memory, and not from registers.
+            let stored: Token = store_packed::<f16, BM, D>(qh, grid.0 * np, tile, tq);
+            tq = load_packed_after::<f16, BM, D>(qh, grid.0 * np, tile, stored);
+        }
         // exp's base is 2 inside. The floor keeps masked logits apart from the others at a scale of 0.
         let floor_scale: Tile<f32, { [BM, 1] }> = constant(1.0e-7f32, const_shape![BM, 1]);
         let sc_true: Tile<f32, { [BM, 1] }> = max_tile(
@@ -198,16 +228,9 @@ pub mod forward {
         }
 
         // A q = C q + ridge q, and the best multiple of q.
-        let lam: Tile<f32, { [BM, 1] }> = load_rowwise::<f32, BM>(
-            slice::<f32>(
-                ridge,
-                wide(batch) * wide(ridge_batch)
-                    + wide(head) * wide(ridge_head)
-                    + wide(first) * wide(ridge_row),
-            ),
-            ridge_row,
-            rows,
-        );
+        if D == 64i32 {
+            lam = ridges::<BM>(ridge, batch, head, first, rows, ridge_batch, ridge_head, ridge_row);
+        }
         let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
         let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
         let qf: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(qu);
@@ -402,7 +425,9 @@ pub mod forward {
                 convert_tile(p * fma(t, xt_b, xk_b, rounding::NearestEven, ftz::Enabled));
             o = mma(wb, vt, o);
         }
-        let vu: f32 = load_scalar(slice::<f32>(unit, wide(kvs + kv)));
+        if D == 64i32 {
+            vu = load_scalar(slice::<f32>(unit, wide(kvs + kv)));
+        }
         let ob: Tile<E, { [BM, D] }> =
             convert_tile(o * across::<BM, D>(undo * broadcast_scalar(vu, const_shape![BM, 1])));
         let out_at: i64 = wide(batch) * out_batch + wide(head) * out_head + wide(first) * wide(out_row);

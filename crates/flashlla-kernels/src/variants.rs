@@ -121,8 +121,20 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                     bn,
                     page_keys,
                     tensor: true,
-                    ..decode("lla_decode_split", dtype, d, generics, warps, occupancy)
+                    ..decode("lla_decode_split", dtype, d, generics.clone(), warps, occupancy)
                 });
+                if d == 64 {
+                    // 128 wide, it is slower than two launches.
+                    list.push(Variant {
+                        name: format!("lla_decode_whole_{dtype}_n{bn}_d{d}_p{page_keys}"),
+                        module: "decode_whole",
+                        ast: crate::decode_whole::decode_whole::__module_ast_self,
+                        bn,
+                        page_keys,
+                        tensor: true,
+                        ..decode("lla_decode_whole", dtype, d, generics, warps, occupancy)
+                    });
+                }
             }
             if dtype != "f32" {
                 list.extend(shared(dtype, d, other));
@@ -136,7 +148,7 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 warps,
                 occupancy,
             ));
-            for entry in ["lla_range", "lla_convert"] {
+            for entry in ["lla_convert", "lla_adjust"] {
                 for aligned in [true, false] {
                     list.push(Variant {
                         name: format!("{entry}_{dtype}_d{d}_a{}", u8::from(aligned)),
@@ -159,7 +171,12 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                         page_keys: 0,
                         kind: 0,
                         warps: 4,
-                        occupancy: if d == 64 { 6 } else { 3 },
+                        // What adjusts finds nothing to do mostly, and spills otherwise.
+                        occupancy: match (entry, d) {
+                            (_, 64) => 6,
+                            ("lla_convert", _) => 3,
+                            _ => 2,
+                        },
                         tensor: false,
                     });
                 }

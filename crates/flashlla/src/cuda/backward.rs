@@ -96,7 +96,7 @@ impl Scratch {
             tables: core.place_tables(places),
             seen_by: [places.take(seen_by), places.take(seen_by)],
             convert: [key_rows, rows, rows].map(|rows| convert.place(rows, places)),
-            units: [places.take(2 * kv_heads * 4), places.take(2 * heads * 4), places.take(2 * heads * 4)],
+            units: [kv_heads, heads, heads].map(|heads| Convert::place_units(heads, places)),
             halves: [
                 half(places, key_rows),
                 half(places, key_rows),
@@ -312,7 +312,7 @@ impl BackwardPlan {
                     self.convert_grad.launch(base, &[group(g, of_queries, g_unit)], stream)?;
                 }
                 self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
-                self.convert_f32.convert(base, &[group(&states, of_states, x_unit)], stream)?;
+                self.convert_f32.adjust(base, &[group(&states, of_states, x_unit)], false, stream)?;
                 let dq = aligned(&p.dq, a.head_dim(), self.bytes);
                 self.query.pick(dq).launch(grid(&self.query), &query, stream)?;
             }

@@ -133,6 +133,8 @@ pub struct DecodePlan {
     split: Arc<Function>,
     fold: Arc<Function>,
     merge: Arc<Function>,
+    /// What does the work of all three where a context is not split.
+    whole: Option<Arc<Function>>,
     /// Where queries share a KV head: what decodes most of them.
     shared: Option<Shared>,
 }
@@ -142,6 +144,8 @@ struct Schedule {
     /// Key tiles of a split.
     tiles: usize,
     splits: usize,
+    /// One launch for everything.
+    whole: bool,
     /// Rows decoded at a time.
     rows: usize,
     /// Keys that a sequence may have.
@@ -209,6 +213,8 @@ impl DecodePlan {
         let (split, [_, tile]) = find("lla_decode_split", dtype, paged.then_some(page_size))?;
         let (fold, _) = find("lla_decode_fold", "", None)?;
         let (merge, _) = find("lla_decode_merge", dtype, None)?;
+        let whole = engine.bundle.head_dims(&engine.architecture, "lla_decode_whole").contains(&width);
+        let whole = whole.then(|| find("lla_decode_whole", dtype, paged.then_some(page_size))).transpose()?;
         let (tolerance, max_iters) = match a.solver() {
             Solver::Auto { tolerance, max_iters } => {
                 (tolerance.unwrap_or(DECODE_TOLERANCE), max_iters.unwrap_or(4 * width))
@@ -231,6 +237,7 @@ impl DecodePlan {
             split,
             fold,
             merge,
+            whole: whole.filter(|(_, block)| block[1] == tile).map(|(whole, _)| whole),
             shared: Shared::new(engine, a, layout, width, dtype)?,
         })
     }
@@ -270,8 +277,10 @@ impl DecodePlan {
         let of_split =
             wanted.clamp(*SPLIT_TILES.start(), *SPLIT_TILES.end()).max(tiles.div_ceil(MOST_SPLITS));
         let splits = tiles.div_ceil(of_split);
+        let whole = splits == 1 && self.whole.is_some();
         let part = (2 * self.width + 2) * self.width * 4;
         let at_once = (MOST_MOMENTS / (splits * part)).clamp(1, rows);
+        let parts = if whole { 0 } else { at_once * splits + MORE_PARTS };
         let mut places = Places::default();
         let places = &mut places;
         let multiprocessors = self.context().multiprocessors();
@@ -283,7 +292,8 @@ impl DecodePlan {
             splits,
             rows: at_once,
             most,
-            moments: places.take((at_once * splits + MORE_PARTS) * part),
+            whole,
+            moments: places.take(parts * part),
             state: places.take(at_once * splits * 8),
             lse: places.take(rows * 4),
             ridge: places.take(self.ridge.bytes()),
@@ -381,6 +391,24 @@ impl DecodePlan {
             todo = base + schedule.todo;
             options += option::SOME;
         }
+        let limits = |arguments: Arguments| {
+            arguments
+                .f32((self.tolerance * self.tolerance) as f32)
+                .i32s([self.max_iters])
+                .i32s([p.state.is_some(), p.diagnostics.is_some()].map(i32::from))
+        };
+        if let (Some(whole), true) = (&self.whole, plan.whole) {
+            let arguments = Arguments::new()
+                .pointers([p.q.ptr, p.k.ptr, p.v.ptr, table, p.lengths, scale.ptr, ridge.ptr, p.out.ptr])
+                .pointers([lse, key_mean, p.probe.unwrap_or(probe_out), iterations, relative, todo])
+                .i32s([options, int(a.kv_heads()), int(a.group()), int(a.queries())])
+                .i32s([int(self.window()), int(plan.most)])
+                .i32s([int(table_width), int(pages), int(page_size), int(a.head_dim()), int(a.value_dim())]);
+            let arguments = p.v.after(p.k.after(strides(arguments, &p.q))).i32s([scale.stride]);
+            let arguments = limits(strides(arguments.i32s(ridge.strides), &p.out));
+            // SAFETY: as below.
+            return unsafe { whole.launch([side(self.rows()), 1, 1], &arguments, stream) };
+        }
         let folded = plan.splits > FEW_SPLITS;
         for first in (0..self.rows()).step_by(plan.rows) {
             let rows = plan.rows.min(self.rows() - first);
@@ -411,10 +439,7 @@ impl DecodePlan {
                 .i32s(cut)
                 .i32s([int(a.head_dim()), int(a.value_dim())]);
             let merge = p.k.after(strides(merge, &p.q)).i32s(ridge.strides);
-            let merge = strides(merge, &p.out)
-                .f32((self.tolerance * self.tolerance) as f32)
-                .i32s([self.max_iters])
-                .i32s([p.state.is_some(), p.diagnostics.is_some()].map(i32::from));
+            let merge = limits(strides(merge, &p.out));
             // SAFETY: the arguments are those of the kernels' signatures in that order; the caller's memory is as large as
             // described, the scratch as large as the schedule laid out.
             unsafe {

@@ -61,6 +61,7 @@ struct Scratch {
     unit: u64,
     kh: u64,
     vh: u64,
+    qh: u64,
     key_mean: u64,
     bytes: usize,
 }
@@ -74,9 +75,11 @@ impl Scratch {
         Self {
             tables: core.place_tables(places),
             convert: convert.place(key_rows, places),
-            unit: places.take(2 * core.heads()[1] * 4),
+            unit: Convert::place_units(kv_heads, places),
             kh: places.take(key_rows * core.width * 2),
             vh: places.take(key_rows * core.width * 2),
+            // Kernels 128 wide keep it in registers.
+            qh: places.take(if core.width == 64 { rows * core.width * 2 } else { 0 }),
             key_mean: places.take(rows * core.width * 4),
             bytes: places.0,
         }
@@ -172,7 +175,7 @@ impl ForwardPlan {
             None => Some(Memory::new(context, stream, at.bytes)?),
         };
         let base = scratch.or(own.as_ref().map(Memory::ptr)).expect("one of the two");
-        let [unit, kh, vh] = [at.unit, at.kh, at.vh].map(|at| base + at);
+        let [unit, kh, vh, qh] = [at.unit, at.kh, at.vh, at.qh].map(|at| base + at);
         // SAFETY: inside the scratch.
         let ridge = unsafe { core.write_tables(&at.tables, base, p.ridge, stream)? };
 
@@ -183,7 +186,7 @@ impl ForwardPlan {
             arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])
         };
         let forward = Arguments::new()
-            .pointers([p.q.ptr, kh, vh, unit, p.out.ptr, key_mean, probe, lse])
+            .pointers([p.q.ptr, kh, vh, unit, qh, p.out.ptr, key_mean, probe, lse])
             .pointers([ridge.ptr, iterations, relative])
             .then(&core.by_query(&at.tables, base, self.forward.block[0], p.bias))
             .i32s([int(a.head_dim())]);
@@ -193,16 +196,17 @@ impl ForwardPlan {
             i32::from(p.probe_out.is_some()),
             i32::from(p.diagnostics.is_some()),
         ]);
-        let marks = at.convert.marks().map(|at| base + at);
         let poisoned = Arguments::new()
-            .pointers(marks)
-            .pointers([p.out.ptr, lse])
+            .pointers([unit, base + at.convert.marks(), p.out.ptr, lse])
             .then(&core.by_row(&at.tables, base))
             .i32s([int(a.value_dim())])
             .i64s([p.out.strides[0], p.out.strides[1]])
             .i32s([p.out.strides[2] as i32, i32::from(p.lse.is_some())]);
         let grid =
             |kernel: &Variants| [side(core.heads()[0]), side(a.queries().div_ceil(kernel.block[0])), 1];
+        // Nearly always there is nothing to do, and blocks cost time then.
+        let [heads, blocks, _] = grid(&self.poison);
+        let few = [heads, blocks.div_ceil(8), 1];
         let tensors = [
             Source { view: p.k, columns: a.head_dim(), half: kh },
             Source { view: p.v, columns: a.value_dim(), half: vh },
@@ -221,7 +225,7 @@ impl ForwardPlan {
             let whole = aligned(&p.q, a.head_dim(), self.bytes) && aligned(&p.out, a.value_dim(), self.bytes);
             self.forward.pick(whole).launch(grid(&self.forward), &forward, stream)?;
             if poison {
-                self.poison.pick(true).launch(grid(&self.poison), &poisoned, stream)?;
+                self.poison.pick(true).launch(few, &poisoned, stream)?;
             }
             Ok(())
         }

@@ -6,6 +6,8 @@ use super::{Inner, RawStream};
 use crate::{Attention, Diagnostics, Element, Error, Result, Solver};
 use std::sync::Arc;
 
+/// Chunks that one block converts again where a guess at the unit did not fit: nearly always it does, and blocks cost time then.
+const CHUNKS_TO_ADJUST: u32 = 8;
 /// Every token count is rounded up to this inside: a multiple of all tiles.
 const TOKENS: usize = 128;
 
@@ -377,7 +379,7 @@ impl Core {
             .i32s([0])
     }
 
-    /// The arguments from `options` to `range_batch` of the kernel that only knows whole chunks of keys.
+    /// The arguments from `options` to `range_batch` of the kernel that goes by rows of queries and keys.
     pub fn by_row(&self, tables: &Tables, base: u64) -> Arguments {
         let a = &self.attention;
         let [lo, hi] = tables.ranges.map(|at| base + at);
@@ -450,8 +452,10 @@ impl Core {
 /// Converts up to four tensors to fp16 rows with a unit per head: two launches.
 #[derive(Debug)]
 pub(super) struct Convert {
-    range: Variants,
+    /// By a guess at the units.
     convert: Variants,
+    /// What the guess did not fit.
+    adjust: Variants,
     bytes: usize,
 }
 
@@ -459,8 +463,7 @@ pub(super) struct Convert {
 #[derive(Debug)]
 pub(super) struct ConvertScratch {
     amax: u64,
-    bad: u64,
-    bad_row: u64,
+    marks: u64,
 }
 
 impl ConvertScratch {
@@ -469,34 +472,35 @@ impl ConvertScratch {
         self.amax
     }
 
-    /// Where it marks what is not finite: chunks, and rows.
-    pub fn marks(&self) -> [u64; 2] {
-        [self.bad, self.bad_row]
+    /// Where rows are marked that hold what is not finite.
+    pub fn marks(&self) -> u64 {
+        self.marks
     }
 }
 
 impl Convert {
     pub fn new(core: &Core, dtype: &str) -> Result<Self> {
         let bytes = if dtype == "f32" { 4 } else { 2 };
-        let (range, convert) =
-            (core.find("lla_range", dtype, false, false)?, core.find("lla_convert", dtype, false, false)?);
-        assert_eq!(range.block[0], convert.block[0], "both go through the same chunks");
-        Ok(Self { range, convert, bytes })
+        let (convert, adjust) =
+            (core.find("lla_convert", dtype, false, false)?, core.find("lla_adjust", dtype, false, false)?);
+        assert_eq!(convert.block[0], adjust.block[0], "both go through the same chunks");
+        Ok(Self { convert, adjust, bytes })
     }
 
     /// Whether both take the same type of tensors.
     pub fn same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.range.any, &other.range.any)
+        Arc::ptr_eq(&self.convert.any, &other.convert.any)
     }
 
     /// Places for tensors of `rows` padded rows in all heads.
     pub fn place(&self, rows: usize, places: &mut Places) -> ConvertScratch {
-        let chunks = rows / self.range.block[0] * 4;
-        ConvertScratch {
-            amax: places.take(2 * chunks),
-            bad: places.take(2 * chunks),
-            bad_row: places.take(2 * rows * 4),
-        }
+        let chunks = rows / self.convert.block[0] * 4;
+        ConvertScratch { amax: places.take(2 * chunks), marks: places.take(2 * rows * 4) }
+    }
+
+    /// Room for the units of two tensors of so many heads each, and for what is noted beside them.
+    pub fn place_units(heads: usize, places: &mut Places) -> u64 {
+        places.take(6 * heads * 4)
     }
 
     /// Finds the units of one group of tensors, or of two groups of two, and converts them.
@@ -505,40 +509,47 @@ impl Convert {
     /// All memory must be of the stream's and as large as described.
     pub unsafe fn launch(&self, base: u64, groups: &[Group<'_>], stream: RawStream) -> Result<()> {
         let [one, two] = [&groups[0], &groups[groups.len() - 1]];
-        let [a, b] = one.both();
-        let [c, e] = two.both();
-        let marks = |group: &Group<'_>| {
-            [group.scratch.amax, group.scratch.bad, group.scratch.bad_row].map(|at| base + at)
-        };
-        let range = Arguments::new()
+        let [[a, b], [c, e]] = [one.both(), two.both()];
+        let noted = |group: &Group<'_>| [base + group.scratch.amax, base + group.scratch.marks, group.unit];
+        let convert = Arguments::new()
             .pointers([a.view.ptr, b.view.ptr, c.view.ptr, e.view.ptr])
-            .pointers(marks(one))
-            .pointers(marks(two))
+            .pointers(noted(one))
+            .pointers(noted(two))
+            .pointers([a.half, b.half, c.half, e.half])
             .then(&self.shapes(groups));
         let (grid, aligned) = self.extent(groups);
         // SAFETY: the arguments are those of the kernel's signature; the caller vouches for the memory.
         unsafe {
-            self.range.pick(aligned).launch(grid, &range, stream)?;
-            self.convert(base, groups, stream)
+            self.convert.pick(aligned).launch(grid, &convert, stream)?;
+            self.adjust(base, groups, true, stream)
         }
     }
 
-    /// The second half of [`Convert::launch`], where something else has found the largest magnitudes.
+    /// The second half of [`Convert::launch`]; all of it, not `guessed`, where something else has found the largest magnitudes.
     ///
     /// # Safety
     /// As there.
-    pub unsafe fn convert(&self, base: u64, groups: &[Group<'_>], stream: RawStream) -> Result<()> {
+    pub unsafe fn adjust(
+        &self,
+        base: u64,
+        groups: &[Group<'_>],
+        guessed: bool,
+        stream: RawStream,
+    ) -> Result<()> {
         let [one, two] = [&groups[0], &groups[groups.len() - 1]];
-        let [a, b] = one.both();
-        let [c, e] = two.both();
-        let convert = Arguments::new()
+        let [[a, b], [c, e]] = [one.both(), two.both()];
+        let adjust = Arguments::new()
             .pointers([a.view.ptr, b.view.ptr, c.view.ptr, e.view.ptr])
-            .pointers([base + one.scratch.amax, base + two.scratch.amax])
-            .pointers([a.half, b.half, c.half, e.half, one.unit, two.unit])
-            .then(&self.shapes(groups));
-        let (grid, aligned) = self.extent(groups);
+            .pointers([base + one.scratch.amax, one.unit, base + two.scratch.amax, two.unit])
+            .pointers([a.half, b.half, c.half, e.half])
+            .then(&self.shapes(groups))
+            .i32s([i32::from(guessed)]);
+        let (mut grid, aligned) = self.extent(groups);
+        if guessed {
+            grid[0] = grid[0].div_ceil(CHUNKS_TO_ADJUST);
+        }
         // SAFETY: the arguments are those of the kernel's signature; the caller vouches for the memory.
-        unsafe { self.convert.pick(aligned).launch(grid, &convert, stream) }
+        unsafe { self.adjust.pick(aligned).launch(grid, &adjust, stream) }
     }
 
     /// Sizes and strides as both kernels take them.
@@ -547,7 +558,7 @@ impl Convert {
         let mut arguments = Arguments::new();
         for group in two {
             let [batch, heads, tokens] = group.shape;
-            let chunks = group.padded / self.range.block[0];
+            let chunks = group.padded / self.convert.block[0];
             arguments = arguments.i32s([int(batch * heads), int(heads), int(tokens), int(chunks)]);
         }
         for tensor in two.iter().flat_map(|group| group.both()) {
@@ -559,7 +570,7 @@ impl Convert {
 
     fn extent(&self, groups: &[Group<'_>]) -> ([u32; 3], bool) {
         let tensors = || groups.iter().flat_map(|group| group.tensors);
-        let chunks = groups.iter().map(|group| group.padded / self.range.block[0]).max();
+        let chunks = groups.iter().map(|group| group.padded / self.convert.block[0]).max();
         let heads = groups.iter().map(|group| group.shape[0] * group.shape[1]).max();
         let grid = [side(chunks.unwrap_or(0)), side(heads.unwrap_or(0)), side(tensors().count())];
         (grid, tensors().all(|tensor| aligned(&tensor.view, tensor.columns, self.bytes)))
@@ -581,7 +592,7 @@ pub(super) struct Group<'a> {
     pub shape: [usize; 3],
     pub padded: usize,
     pub scratch: &'a ConvertScratch,
-    /// Where their units go, one behind the other for every head.
+    /// Where their units go, one behind the other for every head, and behind all of them which heads are marked, and guesses.
     pub unit: u64,
 }
 
