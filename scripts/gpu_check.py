@@ -85,6 +85,15 @@ def check(kernels):
     line("odd row stride", dict(out=error(kernels.forward(*odd, 10.0)["out"], reference(q, k, v, 10.0, mask)[0])), 2.5e-3)
     big, small = q.float() * 1e-4, k.float() * 1e6
     line("keys of 1e6", dict(out=error(kernels.forward(big, small, v.float(), 1e13, scale=1e-3)["out"], reference(big, small, v.float(), 1e13, mask, scale=1e-3)[0])), 2.5e-3)
+    # Units are guessed from a head's first 16 rows: others far larger, and first rows that say nothing.
+    for what in ("rows 100 times as large as the first", "first rows 1e-4 of the others", "first rows zero"):
+        for d in (64, 128):
+            q, k, v, _ = tensors("gaussian", 1, 2, 2, 300, 300, d, d, torch.bfloat16)
+            if what.startswith("rows"):
+                q, k[:, 1, 200], v[0, 0, 250] = q / 30, k[:, 1, 200] * 100, v[0, 0, 250] * 1000
+            else:
+                k[:, :, :16], v[:, 1, :20] = (x * (0.0 if "zero" in what else 1e-4) for x in (k[:, :, :16], v[:, 1, :20]))
+            line(f"{what}, d{d}", dict(out=error(kernels.forward(q, k, v, 10.0, tol=3e-4)["out"], reference(q, k, v, 10.0, visible(300, 300))[0])), 2.5e-3)
     for kind, ridge, high, limit in (("gaussian", 10.0, False, 2.5e-3), ("gaussian", 1.0, False, 2.5e-3), ("gaussian", 0.1, True, 3e-3),
                                      ("gaussian", 0.01, True, 3e-3), ("anisotropic", 1.0, True, 3e-3), ("anisotropic", 0.1, True, 3e-3)):
         for d in (64, 128):

@@ -72,8 +72,10 @@ def test_calls_side_by_side() -> None:
 
 # Half a minute of work and more for two threads of any machine, were it not interrupted.
 LONG = """
-import sys, time
+import signal, sys, time
 import torch, flashlla
+# A shell's background jobs, and what they start, ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 flashlla.set_num_threads(2)
 x = torch.randn(1, 64, 6000, 64, requires_grad=True)
 weights = torch.ones(1, 64, 6000, 64)

@@ -2,8 +2,8 @@
 
 use super::driver::{Arguments, Context, Memory};
 use super::plan::{
-    Convert, ConvertScratch, Core, Group, Places, STANDARD_OUTPUT_ERROR, Source, Tables, Variants, aligned,
-    dtype, int, side,
+    Convert, ConvertScratch, Core, Group, Places, SELDOM, STANDARD_OUTPUT_ERROR, Source, Tables, Variants,
+    aligned, dtype, int, side,
 };
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Diagnostics, Element, Result};
@@ -204,9 +204,8 @@ impl ForwardPlan {
             .i32s([p.out.strides[2] as i32, i32::from(p.lse.is_some())]);
         let grid =
             |kernel: &Variants| [side(core.heads()[0]), side(a.queries().div_ceil(kernel.block[0])), 1];
-        // Nearly always there is nothing to do, and blocks cost time then.
         let [heads, blocks, _] = grid(&self.poison);
-        let few = [heads, blocks.div_ceil(8), 1];
+        let few = [heads, blocks.div_ceil(SELDOM), 1];
         let tensors = [
             Source { view: p.k, columns: a.head_dim(), half: kh },
             Source { view: p.v, columns: a.value_dim(), half: vh },

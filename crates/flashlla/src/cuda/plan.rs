@@ -6,8 +6,8 @@ use super::{Inner, RawStream};
 use crate::{Attention, Diagnostics, Element, Error, Result, Solver};
 use std::sync::Arc;
 
-/// Chunks that one block converts again where a guess at the unit did not fit: nearly always it does, and blocks cost time then.
-const CHUNKS_TO_ADJUST: u32 = 8;
+/// Blocks' worth of work that one block does in kernels that nearly always find nothing to do: then it is blocks that cost time.
+pub(super) const SELDOM: u32 = 8;
 /// Every token count is rounded up to this inside: a multiple of all tiles.
 const TOKENS: usize = 128;
 
@@ -546,7 +546,7 @@ impl Convert {
             .i32s([i32::from(guessed)]);
         let (mut grid, aligned) = self.extent(groups);
         if guessed {
-            grid[0] = grid[0].div_ceil(CHUNKS_TO_ADJUST);
+            grid[0] = grid[0].div_ceil(SELDOM);
         }
         // SAFETY: the arguments are those of the kernel's signature; the caller vouches for the memory.
         unsafe { self.adjust.pick(aligned).launch(grid, &adjust, stream) }
