@@ -52,7 +52,7 @@ fn parse(bytes: &[u8]) -> Result<Bundle, Error> {
 fn bundles_give_back_what_was_packed() {
     let cubins: Vec<u8> = (0..100_000).map(|i| (i / 7) as u8).collect();
     let kernels =
-        vec![kernel("lla_forward", "sm_90", 0..70_000), kernel("lla_range", "sm_90", 70_000..100_000)];
+        vec![kernel("lla_forward", "sm_90", 0..70_000), kernel("lla_convert", "sm_90", 70_000..100_000)];
     let bundle = parse(&pack(&index(kernels.clone()), &cubins)).unwrap();
     assert_eq!(bundle.index(), &index(kernels.clone()));
     assert_eq!(bundle.cubin(&kernels[0]), &cubins[..70_000]);
