@@ -10,6 +10,7 @@ import torch
 CAUSAL, WINDOW, RANGES, LEAVE_ONE_OUT, GIVEN, HEAVY_FIRST = (1 << i for i in range(6))
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 i32, i64, f32 = np.int32, np.int64, np.float32
+SELDOM = 8  # blocks' worth of work of a block in kernels that nearly always find nothing to do, as in crates/flashlla/src/cuda/plan.rs
 
 
 def ptr(tensor):
@@ -96,7 +97,7 @@ class Kernels:
             noted = [ptr(t) for (_, unit, marks), m in both for t in (m, marks, unit)]
             self(f"lla_convert_{kind}", "lla_convert", grid, sources + noted + halves + shape + strides)
         noted = [ptr(t) for (_, unit, _), m in both for t in (m, unit)]
-        grid = grid if found is not None else (-(-grid[0] // 8), *grid[1:])
+        grid = grid if found is not None else (-(-grid[0] // SELDOM), *grid[1:])
         self(f"lla_adjust_{kind}", "lla_adjust", grid, sources + noted + halves + shape + strides + [i32(found is None)])
         return results
 
@@ -140,7 +141,7 @@ class Kernels:
 
     def poison(self, kind, pad, unit, marks, out, lse, options, shape, lo, hi, dv, save):
         rows, heads, kv_heads, n, m, mp, offset, window = shape
-        self(f"lla_poison_{kind}_d{pad}", "lla_poison", (rows, -(-n // 512)),
+        self(f"lla_poison_{kind}_d{pad}", "lla_poison", (rows, -(-n // (64 * SELDOM))),
              [ptr(unit), ptr(marks), ptr(out), ptr(lse), i32(options), i32(heads), i32(kv_heads), i32(n), i32(m), i32(mp), i32(offset), i32(window or 0),
               ptr(lo), ptr(hi), i32(0), i32(dv), i64(out.stride(0)), i64(out.stride(1)), i32(out.stride(2)), i32(save)])
 

@@ -123,7 +123,7 @@ pub mod forward {
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
         let kv0: i32 = kv * (mp / BN);
         let ku: f32 = load_scalar(slice::<f32>(unit, wide(kv)));
-        // Numbers that are needed late: 128 wide they are read here, where nothing waits for them. At 64 they have no registers until then.
+        // Numbers that are needed late: 128 wide they are read here, where nothing waits for them. At 64 that was slower.
         let mut lam: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
         let mut vu: f32 = 0.0f32;
         if D != 64i32 {

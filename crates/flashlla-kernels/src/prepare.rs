@@ -3,8 +3,8 @@
 //! become zeros, and their rows are marked.
 //!
 //! Two launches. `lla_convert` reads everything once: it scales by a guess, which a head's first 16 rows give, and finds the largest
-//! magnitude of every chunk. `lla_adjust` compares the two, and converts the heads again whose guess was too small: few have rows four times
-//! as large as the first ones.
+//! magnitude of every chunk. `lla_adjust` compares the two, and converts the heads again whose guess was too small: those with numbers
+//! two to four times as large as any of the first rows, or more.
 //!
 //! A launch takes one tensor, a pair of the same heads and rows, or two pairs (keys and values, queries and the output's gradient).
 

@@ -171,7 +171,7 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                         page_keys: 0,
                         kind: 0,
                         warps: 4,
-                        // What adjusts finds nothing to do mostly, and spills otherwise.
+                        // 128 wide, what adjusts spills with three blocks.
                         occupancy: match (entry, d) {
                             (_, 64) => 6,
                             ("lla_convert", _) => 3,

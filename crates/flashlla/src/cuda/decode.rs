@@ -144,8 +144,6 @@ struct Schedule {
     /// Key tiles of a split.
     tiles: usize,
     splits: usize,
-    /// One launch for everything.
-    whole: bool,
     /// Rows decoded at a time.
     rows: usize,
     /// Keys that a sequence may have.
@@ -237,7 +235,7 @@ impl DecodePlan {
             split,
             fold,
             merge,
-            whole: whole.filter(|(_, block)| block[1] == tile).map(|(whole, _)| whole),
+            whole: whole.map(|(whole, _)| whole),
             shared: Shared::new(engine, a, layout, width, dtype)?,
         })
     }
@@ -267,6 +265,11 @@ impl DecodePlan {
         self.attention.mask().window_len().unwrap_or(0).min(1 << 30)
     }
 
+    /// What decodes a context of so many splits in one launch, if anything does.
+    fn whole(&self, splits: usize) -> Option<&Function> {
+        self.whole.as_deref().filter(|_| splits == 1)
+    }
+
     fn schedule(&self, longest: usize) -> Schedule {
         let rows = self.rows().max(1);
         let most = longest.min(self.attention.keys());
@@ -277,10 +280,9 @@ impl DecodePlan {
         let of_split =
             wanted.clamp(*SPLIT_TILES.start(), *SPLIT_TILES.end()).max(tiles.div_ceil(MOST_SPLITS));
         let splits = tiles.div_ceil(of_split);
-        let whole = splits == 1 && self.whole.is_some();
         let part = (2 * self.width + 2) * self.width * 4;
         let at_once = (MOST_MOMENTS / (splits * part)).clamp(1, rows);
-        let parts = if whole { 0 } else { at_once * splits + MORE_PARTS };
+        let parts = if self.whole(splits).is_some() { 0 } else { at_once * splits + MORE_PARTS };
         let mut places = Places::default();
         let places = &mut places;
         let multiprocessors = self.context().multiprocessors();
@@ -292,7 +294,6 @@ impl DecodePlan {
             splits,
             rows: at_once,
             most,
-            whole,
             moments: places.take(parts * part),
             state: places.take(at_once * splits * 8),
             lse: places.take(rows * 4),
@@ -397,7 +398,7 @@ impl DecodePlan {
                 .i32s([self.max_iters])
                 .i32s([p.state.is_some(), p.diagnostics.is_some()].map(i32::from))
         };
-        if let (Some(whole), true) = (&self.whole, plan.whole) {
+        if let Some(whole) = self.whole(plan.splits) {
             let arguments = Arguments::new()
                 .pointers([p.q.ptr, p.k.ptr, p.v.ptr, table, p.lengths, scale.ptr, ridge.ptr, p.out.ptr])
                 .pointers([lse, key_mean, p.probe.unwrap_or(probe_out), iterations, relative, todo])
