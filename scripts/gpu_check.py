@@ -85,15 +85,22 @@ def check(kernels):
     line("odd row stride", dict(out=error(kernels.forward(*odd, 10.0)["out"], reference(q, k, v, 10.0, mask)[0])), 2.5e-3)
     big, small = q.float() * 1e-4, k.float() * 1e6
     line("keys of 1e6", dict(out=error(kernels.forward(big, small, v.float(), 1e13, scale=1e-3)["out"], reference(big, small, v.float(), 1e13, mask, scale=1e-3)[0])), 2.5e-3)
-    # Units are guessed from a head's first 16 rows: others far larger, and first rows that say nothing.
-    for what in ("rows 100 times as large as the first", "first rows 1e-4 of the others", "first rows zero"):
-        for d in (64, 128):
-            q, k, v, _ = tensors("gaussian", 1, 2, 2, 300, 300, d, d, torch.bfloat16)
-            if what.startswith("rows"):
-                q, k[:, 1, 200], v[0, 0, 250] = q / 30, k[:, 1, 200] * 100, v[0, 0, 250] * 1000
-            else:
-                k[:, :, :16], v[:, 1, :20] = (x * (0.0 if "zero" in what else 1e-4) for x in (k[:, :, :16], v[:, 1, :20]))
-            line(f"{what}, d{d}", dict(out=error(kernels.forward(q, k, v, 10.0, tol=3e-4)["out"], reference(q, k, v, 10.0, visible(300, 300))[0])), 2.5e-3)
+    # Units are guessed from a head's first 16 rows: others far larger, and first rows that say nothing. 1500 rows are more than the blocks that put a
+    # guess right take at once.
+    for n in (300, 1500):
+        for what in ("rows 100 times as large as the first", "first rows 1e-4 of the others", "first rows zero"):
+            for d in (64, 128):
+                q, k, v, g = tensors("gaussian", 1, 2, 2, n, n, d, d, torch.bfloat16)
+                if what.startswith("rows"):
+                    q, k[:, 1, n - 100], v[0, 0, n - 50], g[0, 1, n - 30] = q / 30, k[:, 1, n - 100] * 100, v[0, 0, n - 50] * 1000, g[0, 1, n - 30] * 100
+                    q[0, 0, n - 20] *= 100
+                else:
+                    small = 0.0 if "zero" in what else 1e-4
+                    k[:, :, :16], v[:, 1, :20], q[:, 0, :16], g[:, :, :16] = k[:, :, :16] * small, v[:, 1, :20] * small, q[:, 0, :16] * small, g[:, :, :16] * small
+                saved, mask = kernels.forward(q, k, v, 10.0, tol=3e-4, save=True), visible(n, n)
+                line(f"{what}, {n} rows, d{d}", dict(out=error(saved["out"], reference(q, k, v, 10.0, mask)[0])), 2.5e-3)
+                got, ref = kernels.backward(q, k, v, g, saved, 10.0, tol=3e-4), gradients(q, k, v, g, 10.0, mask)
+                line("   backward", {x: error(got[x], r) for x, r in zip(("dq", "dk", "dv"), ref)}, 6e-3)
     for kind, ridge, high, limit in (("gaussian", 10.0, False, 2.5e-3), ("gaussian", 1.0, False, 2.5e-3), ("gaussian", 0.1, True, 3e-3),
                                      ("gaussian", 0.01, True, 3e-3), ("anisotropic", 1.0, True, 3e-3), ("anisotropic", 0.1, True, 3e-3)):
         for d in (64, 128):
@@ -103,14 +110,15 @@ def check(kernels):
             line(f"{kind} ridge {ridge} d{d} {'high' if high else 'default'} ({got['iterations'].float().mean():.1f} iterations)",
                  dict(out=error(got["out"], reference(q, k, v, ridge, visible(1024, 1024))[0])), limit)
     # a key that is no number, an infinite value, a query that is no number: only who sees them
-    q, k, v, _ = tensors("gaussian", 1, 2, 2, 300, 300, 64, 64, torch.bfloat16)
-    want = reference(q, k, v, 10.0, visible(300, 300))[0]
-    k[0, 0, 150, 3], v[0, 1, 77, 0], q[0, 0, 20, 1] = float("nan"), float("inf"), float("nan")
-    out = kernels.forward(q, k, v, 10.0)["out"]
-    hit = torch.isnan(out).any(-1)
-    expected = torch.zeros_like(hit)
-    expected[0, 0, 150:], expected[0, 1, 77:], expected[0, 0, 20] = True, True, True
-    line("not-a-number stays where it is seen", dict(out=error(out[~expected], want[~expected]), rows=float((hit != expected).sum())), 2.5e-3)
+    for n in (300, 1500):
+        q, k, v, _ = tensors("gaussian", 1, 2, 2, n, n, 64, 64, torch.bfloat16)
+        want = reference(q, k, v, 10.0, visible(n, n))[0]
+        k[0, 0, n // 2, 3], v[0, 1, n - 20, 0], q[0, 0, 20, 1] = float("nan"), float("inf"), float("nan")
+        out = kernels.forward(q, k, v, 10.0)["out"]
+        hit = torch.isnan(out).any(-1)
+        expected = torch.zeros_like(hit)
+        expected[0, 0, n // 2:], expected[0, 1, n - 20:], expected[0, 0, 20] = True, True, True
+        line(f"not-a-number stays where it is seen, {n} rows", dict(out=error(out[~expected], want[~expected]), rows=float((hit != expected).sum())), 2.5e-3)
     q, k, v, g = tensors("gaussian", 1, 2, 1, 333, 333, 64, 64, torch.bfloat16)
     runs = []
     for _ in range(2):

@@ -15,7 +15,12 @@ from gpu_kernels import NAMES, Kernels, aligned, error, f32, graph_ms, i32, i64,
 
 BLOCKS = {64: 264, 128: 132}  # tile blocks that an H100 runs at a time
 FEW = 4  # up to so many splits are folded by the merge itself
-COSTS = {64: (0.10, 0.24, 90e3), 128: (0.27, 0.45, 130e3)}  # of moments, passes and launches, as in crates/flashlla/src/cuda/decode_shared.rs
+# As in crates/flashlla/src/cuda/decode_shared.rs: nanoseconds of moments, of a tile block that makes all passes, of split passes.
+COSTS = {64: ((20e3, 55, 0.09), (82e3, 92), (85e3, 0.175)), 128: ((30e3, 240, 0.25), (250e3, 135), (100e3, 0.395))}
+RESIDENT = {64: 528, 128: 396}  # tile blocks of a pass that an H100 runs at a time
+TOGETHER = 264  # tile blocks that make all passes
+TOGETHER_LIMIT = 16
+TOLERANCE, OUTPUT_ERROR = 4e-4, 5e-4
 failures = 0
 
 
@@ -38,6 +43,19 @@ def plan(rows, tiles, wanted):
     return max(2, min(256, -(-tiles // max(1, wanted // rows))), -(-tiles // 64))
 
 
+def split_tiles(keys, tiles, resident):
+    """Key tiles of a split of a pass: every wave of tile blocks costs as much as its key tiles and five more, adding up splits as much as 0.6 for each."""
+    cost = lambda splits: -(-tiles * splits // resident) * (-(-keys // splits) + 5) + 0.6 * splits
+    return -(-keys // min(range(1, max(1, min(keys, 256)) + 1), key=cost))
+
+
+def fastest(rows, tiles, keys, pad):
+    """Moments of every query, all passes in one launch ("together"), or split passes."""
+    (launches, solve, each), (steps, key), (start, tile_key) = COSTS[pad]
+    times = {"moments": launches + rows * (solve + keys * each), "together": -(-tiles // TOGETHER) * (steps + keys * key), "passes": start + tiles * (keys + 2000) * tile_key}
+    return min(times, key=times.get)
+
+
 class Shared:
     """Launches for queries that share a KV head: passes over the cache for 16 of them at once, and a step after each. `todo` says which
     queries are left to the moments."""
@@ -52,8 +70,8 @@ class Shared:
         width = 1 if table is None else table.shape[1]
         keys = -(-min(int(lengths.max()), page_size * width) // bn)
         keys = max(1, keys if window is None else min(keys, -(-(window + t) // bn) + 1))
-        step = max(4, -(-keys // max(1, (528 if pad == 64 else 792) // tiles)))
-        splits, limit = -(-keys // step), max(3, min(10, queries * pad // 64))
+        step = split_tiles(keys, tiles, RESIDENT[pad])
+        splits, limit = -(-keys // step), max(4, min(10, queries * pad // 32))
         empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, device=dev, dtype=dtype)
         sums, parts, record = empty(tiles, splits, 2, pad, 16), empty(tiles, splits, 4, 16), empty(tiles, 16, 16)
         vectors, kept = empty(tiles, 3, pad, 16, dtype=q.dtype), empty(tiles, 3, pad, 16)
@@ -65,7 +83,7 @@ class Shared:
                    + [i32(width), i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [i32(0)])
         of_step = ([ptr(x) for x in (q, lengths, sums, parts, vectors, record, kept, live, self.todo, lam, out, lse, key_mean, probe, iterations, relative)]
                    + where + [i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + [i32(x) for x in lam.stride()] + rowed(out)
-                   + [f32(1.2e-3**2), f32(1e-3**2)])
+                   + [f32(TOLERANCE**2), f32(OUTPUT_ERROR**2)])
 
         def turn(n, left):
             return [(passes[n][0], "lla_decode_pass", (tiles, splits), of_pass),
@@ -75,10 +93,32 @@ class Shared:
         self.keep = (sums, parts, vectors, record, kept, live)
 
 
+class Together:
+    """One launch for queries that share a KV head: a tile block makes all passes for 16 of them."""
+
+    def __init__(self, kernels, q, k, v, lengths, lam, scale, table, options, window, probe, out, lse, key_mean, iterations, relative, save):
+        batch, heads, t, d = q.shape
+        pages, kv_heads, page_size, dv = v.shape
+        pad = 64 if max(d, dv) <= 64 else 128
+        name, _ = variant(kernels, "lla_decode_together", q.dtype, pad, table is not None, page_size)
+        queries = heads // kv_heads * t
+        width, limit = 1 if table is None else table.shape[1], TOGETHER_LIMIT
+        self.todo = torch.empty(batch * heads * t, device=q.device, dtype=torch.int32)
+        tiles = batch * kv_heads * -(-queries // 16)
+        self.keep = torch.empty(tiles, 8, pad, 16, device=q.device), torch.empty(tiles, 2, 16, 16, device=q.device)
+        rowed = lambda x: [i64(x.stride(0)), i32(x.stride(1)), i32(x.stride(2))]
+        paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
+        self.launches = [(name, "lla_decode_together", (tiles,),
+                          [ptr(x) for x in (q, k, v, table, lengths, scale, lam, out, lse, key_mean, probe, iterations, relative, self.todo, *self.keep)]
+                          + [i32(options), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width), i32(width), i32(pages), i32(page_size), i32(d), i32(dv)]
+                          + rowed(q) + paged(k) + paged(v) + [i32(0)] + [i32(x) for x in lam.stride()] + rowed(out)
+                          + [f32(TOLERANCE**2), f32(OUTPUT_ERROR**2), i32(0 if options & 16 else limit), i32(save), i32(save)])]
+
+
 class Decode:
     """Buffers and launch arguments of one shape. `k`, `v`: pools [pages, kv_heads, page_size, d]; contiguous without a table."""
 
-    def __init__(self, kernels, q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None, split_tiles=None, state=True, shared=None, whole=None):
+    def __init__(self, kernels, q, k, v, lengths, ridge, table=None, causal=True, window=None, scale=None, given=None, split_tiles=None, state=True, how=None, whole=None):
         self.kernels = kernels
         batch, heads, t, d = q.shape
         pages, kv_heads, page_size, dv = v.shape
@@ -106,10 +146,13 @@ class Decode:
         where = [i32(0), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width)]
         rowed = lambda x: [i64(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
-        queries, (of_moments, of_passes, of_steps) = heads // kv_heads * t, COSTS[pad]
-        together = (of_moments * queries - of_passes * -(-queries // 16)) * batch * kv_heads * tiles * bn > of_steps if shared is None else shared
-        self.shared = Shared(kernels, q, k, v, lengths, lam, scale, table, options, window, self.probe, self.out, self.lse, self.key_mean, self.iterations,
-                             self.relative, state) if together and q.dtype != torch.float32 else None
+        how = how or fastest(rows, batch * kv_heads * -(-(heads // kv_heads * t) // 16), tiles * bn, pad)
+        if q.dtype == torch.float32 or heads // kv_heads * t < 2:
+            how = "moments"
+        self.how, self.shared = how, None
+        if how != "moments":
+            self.shared = (Together if how == "together" else Shared)(kernels, q, k, v, lengths, lam, scale, table, options, window, self.probe, self.out, self.lse, self.key_mean, self.iterations,
+                                                                      self.relative, state)
         todo = self.shared.todo if self.shared else None
         options |= 256 * bool(self.shared)
         self.split = (split, "lla_decode_split", (rows, splits),
@@ -191,14 +234,14 @@ def tensors(batch, heads, kv_heads, t, m, d, dv, dtype, mean=0.0, kind="gaussian
 
 def compare(kernels, what, q, k, v, lengths, ridge, limit, **args):
     lengths = torch.tensor(lengths, device="cuda")
-    split_tiles = args.pop("split_tiles", None)
-    got = Decode(kernels, q, k, v, lengths, ridge, split_tiles=split_tiles, **args)()
+    split_tiles, how = args.pop("split_tiles", None), args.pop("how", None)
+    got = Decode(kernels, q, k, v, lengths, ridge, split_tiles=split_tiles, how=how, **args)()
     want, lse = reference(q, k, v, lengths, ridge, **args)
     seen = torch.isfinite(lse)
     errors = dict(out=error(got.out, want), lse=error(got.lse[seen], lse[seen]) if bool(seen.any()) else 0.0)
     if not torch.equal(torch.isneginf(got.lse), ~seen):
         errors["rows that see nothing"] = math.nan
-    left = f", {got.shared.todo.float().mean():.0%} by moments" if got.shared else ""
+    left = f", {got.how}, {got.shared.todo.float().mean():.0%} by moments" if got.shared else ""
     line(f"{what} ({got.splits} splits, {got.iterations.float().mean():.1f} steps{left})", errors, limit)
     return got
 
@@ -232,32 +275,36 @@ def check(kernels):
                     q, k, v = tensors(2, 16, 2, 1, m, d, d, torch.bfloat16, mean)
                     if mean:
                         q = (q + k[:, :, :1].repeat_interleave(8, 1).float()).bfloat16()
-                    compare(kernels, f"bf16 d{d} ridge {ridge} mean {mean} {m} keys, groups of 8", q, k, v, [m, (m + 1) // 2], ridge, limit)
+                    for how in ("together", "passes"):
+                        compare(kernels, f"bf16 d{d} ridge {ridge} mean {mean} {m} keys, groups of 8", q, k, v, [m, (m + 1) // 2], ridge, limit, how=how)
         for ridge in (10.0, 1.0, 0.1):
-            for group in (1, 4):
+            for group, how in ((1, "moments"), (4, "together"), (4, "passes")):
                 q, k, v = tensors(2, 4, 4 // group, 1, 4000, d, d, torch.bfloat16, kind="anisotropic")
-                compare(kernels, f"bf16 d{d} ridge {ridge} anisotropic, groups of {group}", q, k, v, [4000, 300], ridge, 5e-3)
+                compare(kernels, f"bf16 d{d} ridge {ridge} anisotropic, groups of {group}", q, k, v, [4000, 300], ridge, 5e-3, how=how)
         q, k, v = tensors(2, 4, 4, 1, 4000, d, d, torch.bfloat16)
         for factor in (5, 100):
             compare(kernels, f"bf16 d{d} logits {factor} times as wide", q * factor, k, v, [4000, 300], 1.0, 5e-3)
-            compare(kernels, f"bf16 d{d} logits {factor} times as wide, groups of 4", q * factor, k[:, :1], v[:, :1], [4000, 300], 1.0, 5e-3)
+            for how in ("together", "passes"):
+                compare(kernels, f"bf16 d{d} logits {factor} times as wide, groups of 4", q * factor, k[:, :1], v[:, :1], [4000, 300], 1.0, 5e-3, how=how)
         k[:, :, :64], v[:, :, :64] = k[:, :, :64] / 256, 0
         compare(kernels, f"bf16 d{d} first keys near 0, first values 0", q, k, v, [4000, 300], 1.0, 5e-3)
         q, k, v = tensors(3, 8, 2, 5, 700, d, d, torch.bfloat16)
         ridge = torch.rand(3, 8, 5, device="cuda") * 9 + 1
         for name, args in (("causal", {}), ("window 100", dict(window=100)), ("all keys", dict(causal=False)), ("one tile a split", dict(split_tiles=1)),
                            ("given probe", dict(given=torch.randn(3, 8, 5, d, device="cuda") * 0.3)), ("scale 0", dict(scale=0.0))):
-            compare(kernels, f"bf16 d{d} 5 queries, groups of 4, a ridge each, {name}", q, k, v, [700, 0, 5], ridge, 2.5e-3, **args)
+            for how in ("moments", "together", "passes"):
+                compare(kernels, f"bf16 d{d} 5 queries, groups of 4, a ridge each, {name}, {how}", q, k, v, [700, 0, 5], ridge, 2.5e-3, how=how, **args)
         k[:, :, 700:], v[1, :, 5:], k[2, :, 5:] = math.nan, math.nan, math.nan
-        compare(kernels, f"bf16 d{d} NaN past the end", q, k, v, [700, 5, 5], ridge, 2.5e-3)
-        a, b = (Decode(kernels, q, k, v, torch.tensor([700, 5, 5], device="cuda"), ridge)() for _ in range(2))
-        line(f"bf16 d{d} the same bits again", dict(differ=float((a.out != b.out).sum() + (a.lse != b.lse).sum())), 0.0)
+        for how in ("moments", "together", "passes"):
+            compare(kernels, f"bf16 d{d} NaN past the end, {how}", q, k, v, [700, 5, 5], ridge, 2.5e-3, how=how)
+            a, b = (Decode(kernels, q, k, v, torch.tensor([700, 5, 5], device="cuda"), ridge, how=how)() for _ in range(2))
+            line(f"bf16 d{d} the same bits again, {how}", dict(differ=float((a.out != b.out).sum() + (a.lse != b.lse).sum())), 0.0)
     for dtype in (torch.float16, torch.float32):
         for d, dv in ((64, 64), (40, 64), (128, 72)):
             try:
-                for group in (1, 4):
+                for group, how in ((1, "moments"), (4, "together"), (4, "passes")):
                     q, k, v = tensors(2, 4, 4 // group, 1, 1000, d, dv, dtype)
-                    compare(kernels, f"{NAMES[dtype]} d{d} dv{dv}, groups of {group}", q, k, v, [1000, 77], 1.0, 2e-3)
+                    compare(kernels, f"{NAMES[dtype]} d{d} dv{dv}, groups of {group}", q, k, v, [1000, 77], 1.0, 2e-3, how=how)
             except KeyError as e:
                 print("skipped:", e)
     for d in (64, 128):
@@ -265,7 +312,8 @@ def check(kernels):
             q, k, v = tensors(2, 8, 2, 2, 600, d, d, torch.bfloat16)
             try:
                 kp, vp, table = pool_of(k, v, [600, 131], page_size, -(-600 // page_size))
-                compare(kernels, f"bf16 d{d} pages of {page_size}", q, kp, vp, [600, 131], 1.0, 2.5e-3, table=table)
+                for how in ("moments", "together", "passes"):
+                    compare(kernels, f"bf16 d{d} pages of {page_size}, {how}", q, kp, vp, [600, 131], 1.0, 2.5e-3, table=table, how=how)
             except KeyError as e:
                 print("skipped:", e)
 
@@ -279,7 +327,7 @@ def copy_rate():
 
 def timings(kernels, quick=False):
     rate = copy_rate()
-    print(f"\ndevice copy {rate / 1e12:.2f} TB/s (read and written); milliseconds\n| B, KV heads, D, group, context | decode | by moments / together | share of copy rate | SDPA | ratio | error |")
+    print(f"\ndevice copy {rate / 1e12:.2f} TB/s (read and written); milliseconds\n| B, KV heads, D, group, context | decode | by moments / together / passes | share of copy rate | SDPA | ratio | error |")
     print("|---|---|---|---|---|---|---|")
     shapes = []
     for d in (64, 128):
@@ -300,17 +348,18 @@ def timings(kernels, quick=False):
             print("skipped:", e)
             continue
         ms = graph_ms(run)
-        each = Decode(kernels, q, k, v, lengths, 1.0, shared=False) if group > 1 else run
-        together = run if run.shared else Decode(kernels, q, k, v, lengths, 1.0, shared=True)
-        others = f"{graph_ms(each):.4f} / {graph_ms(together):.4f}"
+        ways = {how: Decode(kernels, q, k, v, lengths, 1.0, how=how) for how in ("moments", "together", "passes") if group > 1 or how == "moments"}
+        if group > 1 and m > 8192:
+            del ways["together"]  # far from fastest
+        others = " / ".join(f"{graph_ms(way):.4f}" for way in ways.values())
         sdpa = graph_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1))
         few = slice(0, 1), slice(0, group)
         want, _ = reference(q[few], k[few[0], :1], v[few[0], :1], lengths, 1.0)
         bytes_ = k.numel() * 4
-        left = f", {together.shared.todo.float().mean():.0%} by moments" if together.shared else ""
-        print(f"| {batch}, 8, {d}, {group}, {m} | {ms:.4f} | {others} ({run.splits} splits, {run.iterations.float().mean():.1f} steps{left}) "
+        left = f", {run.shared.todo.float().mean():.1%} by moments" if run.shared else ""
+        print(f"| {batch}, 8, {d}, {group}, {m} | {ms:.4f} {run.how} | {others} ({run.splits} splits, {run.iterations.float().mean():.1f} steps{left}) "
               f"| {bytes_ / ms * 1e3 / rate:.2f} | {sdpa:.4f} | {ms / sdpa:.2f} | {error(run.out[few], want):.1e} |", flush=True)
-        del run, each, together, k, v
+        del run, ways, k, v
 
 
 def page_timings(kernels):

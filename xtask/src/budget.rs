@@ -119,7 +119,9 @@ fn limits(entry: &str, plain: bool) -> (u32, u32) {
         ("lla_backward_key", false) => (32, 4),
         // At D = 128 the sums fill the registers.
         ("lla_decode_split", _) => (128, 115),
-        ("lla_decode_merge", _) => (32, 0),
+        ("lla_decode_merge" | "lla_decode_step", _) => (32, 0),
+        // Between the loops.
+        ("lla_decode_together", _) => (128, 0),
         _ => (0, 0),
     }
 }

@@ -235,7 +235,7 @@ pub mod decode {
         select(there, m, never)
     }
 
-    /// 16 queries from query `start` of the `count` of a KV head (`t` per query head), as columns, zero past the last.
+    /// 16 queries from query `start` of the `count` of a KV head (`t` per query head), as rows, zero past the last.
     pub unsafe fn queries<E: ElementType, const D: i32>(
         base: PointerTile<*mut E, { [] }>,
         start: i32,
@@ -244,14 +244,14 @@ pub mod decode {
         head_stride: i32,
         row_stride: i32,
         cols: i32,
-    ) -> Tile<E, { [D, 16] }> {
-        let (offset, mask): (Tile<i32, { [D, 16] }>, Tile<bool, { [D, 16] }>) =
+    ) -> Tile<E, { [16, D] }> {
+        let (offset, mask): (Tile<i32, { [16, D] }>, Tile<bool, { [16, D] }>) =
             places::<D>(start, count, t, head_stride, row_stride, cols);
         let one: PointerTile<*mut E, { [1, 1] }> = base.reshape(const_shape![1, 1]);
-        let all: PointerTile<*mut E, { [D, 16] }> = one.broadcast(const_shape![D, 16]);
-        let ptrs: PointerTile<*mut E, { [D, 16] }> = all.offset_tile(offset);
-        let zero: Tile<E, { [D, 16] }> = constant(E::ZERO, const_shape![D, 16]);
-        let (x, _token): (Tile<E, { [D, 16] }>, Token) = load_ptr_tko(
+        let all: PointerTile<*mut E, { [16, D] }> = one.broadcast(const_shape![16, D]);
+        let ptrs: PointerTile<*mut E, { [16, D] }> = all.offset_tile(offset);
+        let zero: Tile<E, { [16, D] }> = constant(E::ZERO, const_shape![16, D]);
+        let (x, _token): (Tile<E, { [16, D] }>, Token) = load_ptr_tko(
             ptrs,
             ordering::Weak,
             None::<scope::TileBlock>,
@@ -263,7 +263,7 @@ pub mod decode {
         select(mask, x, zero)
     }
 
-    /// Writes such columns.
+    /// Writes such rows.
     pub unsafe fn store_queries<E: ElementType, const D: i32>(
         base: PointerTile<*mut E, { [] }>,
         start: i32,
@@ -272,17 +272,17 @@ pub mod decode {
         head_stride: i32,
         row_stride: i32,
         cols: i32,
-        x: Tile<E, { [D, 16] }>,
+        x: Tile<E, { [16, D] }>,
     ) {
-        let (offset, mask): (Tile<i32, { [D, 16] }>, Tile<bool, { [D, 16] }>) =
+        let (offset, mask): (Tile<i32, { [16, D] }>, Tile<bool, { [16, D] }>) =
             places::<D>(start, count, t, head_stride, row_stride, cols);
         let one: PointerTile<*mut E, { [1, 1] }> = base.reshape(const_shape![1, 1]);
-        let all: PointerTile<*mut E, { [D, 16] }> = one.broadcast(const_shape![D, 16]);
-        let ptrs: PointerTile<*mut E, { [D, 16] }> = all.offset_tile(offset);
+        let all: PointerTile<*mut E, { [16, D] }> = one.broadcast(const_shape![16, D]);
+        let ptrs: PointerTile<*mut E, { [16, D] }> = all.offset_tile(offset);
         store_ptr_tko(ptrs, x, ordering::Weak, None::<scope::TileBlock>, Some(mask), None, Latency::<0>);
     }
 
-    /// Where these columns' numbers lie, and which there are.
+    /// Where these rows' numbers lie, and which there are.
     pub fn places<const D: i32>(
         start: i32,
         count: i32,
@@ -290,7 +290,7 @@ pub mod decode {
         head_stride: i32,
         row_stride: i32,
         cols: i32,
-    ) -> (Tile<i32, { [D, 16] }>, Tile<bool, { [D, 16] }>) {
+    ) -> (Tile<i32, { [16, D] }>, Tile<bool, { [16, D] }>) {
         let r: Tile<i32, { [16] }> = iota(const_shape![16]);
         let r: Tile<i32, { [16] }> = r + broadcast_scalar(start, const_shape![16]);
         let there: Tile<bool, { [16] }> = lt_tile(r, broadcast_scalar(count, const_shape![16]));
@@ -298,12 +298,12 @@ pub mod decode {
         let i: Tile<i32, { [16] }> = r - g * broadcast_scalar(t, const_shape![16]);
         let at: Tile<i32, { [16] }> = g * broadcast_scalar(head_stride, const_shape![16])
             + i * broadcast_scalar(row_stride, const_shape![16]);
-        let at: Tile<i32, { [D, 16] }> = at.reshape(const_shape![1, 16]).broadcast(const_shape![D, 16]);
-        let there: Tile<bool, { [D, 16] }> =
-            there.reshape(const_shape![1, 16]).broadcast(const_shape![D, 16]);
+        let at: Tile<i32, { [16, D] }> = at.reshape(const_shape![16, 1]).broadcast(const_shape![16, D]);
+        let there: Tile<bool, { [16, D] }> =
+            there.reshape(const_shape![16, 1]).broadcast(const_shape![16, D]);
         let col: Tile<i32, { [D] }> = iota(const_shape![D]);
-        let col: Tile<i32, { [D, 16] }> = col.reshape(const_shape![D, 1]).broadcast(const_shape![D, 16]);
-        (at + col, there & lt_tile(col, broadcast_scalar(cols, const_shape![D, 16])))
+        let col: Tile<i32, { [16, D] }> = col.reshape(const_shape![1, D]).broadcast(const_shape![16, D]);
+        (at + col, there & lt_tile(col, broadcast_scalar(cols, const_shape![16, D])))
     }
 
     /// Which of its sequence's new tokens each of 16 queries is.
@@ -352,31 +352,22 @@ pub mod decode {
         ge_tile(key, lo.broadcast(const_shape![BN, 16])) & lt_tile(key, hi.broadcast(const_shape![BN, 16]))
     }
 
-    /// Products of columns.
-    pub fn column_dot<const D: i32>(
-        a: Tile<f32, { [D, 16] }>,
-        b: Tile<f32, { [D, 16] }>,
-    ) -> Tile<f32, { [1, 16] }> {
-        let sum: Tile<f32, { [16] }> = reduce_sum(a * b, 0i32);
-        sum.reshape(const_shape![1, 16])
-    }
-
     /// One over the power of two of a query's norm.
-    pub fn query_factor<const D: i32>(q: Tile<f32, { [D, 16] }>) -> Tile<f32, { [1, 16] }> {
-        let one: Tile<f32, { [1, 16] }> = constant(1.0f32, const_shape![1, 16]);
-        let norm: Tile<f32, { [1, 16] }> = sqrt(column_dot::<D>(q, q), rounding::NearestEven, ftz::Disabled);
-        quotient::<{ [1, 16] }>(one, pow2_floor::<{ [1, 16] }>(norm))
+    pub fn query_factor<const D: i32>(q: Tile<f32, { [16, D] }>) -> Tile<f32, { [16, 1] }> {
+        let one: Tile<f32, { [16, 1] }> = constant(1.0f32, const_shape![16, 1]);
+        let norm: Tile<f32, { [16, 1] }> = sqrt(row_dot::<16, D>(q, q), rounding::NearestEven, ftz::Disabled);
+        quotient::<{ [16, 1] }>(one, pow2_floor::<{ [16, 1] }>(norm))
     }
 
     /// Number `which` of a tile's queries.
-    pub unsafe fn record_row(record: *mut f32, tile: i32, which: i32) -> Tile<f32, { [1, 16] }> {
+    pub unsafe fn record_row(record: *mut f32, tile: i32, which: i32) -> Tile<f32, { [16, 1] }> {
         let at: i64 = wide(tile) * wide(256i32) + wide(which * 16i32);
         let x: Tile<f32, { [16] }> = load_column::<f32, 16>(slice::<f32>(record, at), 1i32, 16i32);
-        x.reshape(const_shape![1, 16])
+        x.reshape(const_shape![16, 1])
     }
 
     /// Writes it.
-    pub unsafe fn set_record_row(record: *mut f32, tile: i32, which: i32, x: Tile<f32, { [1, 16] }>) {
+    pub unsafe fn set_record_row(record: *mut f32, tile: i32, which: i32, x: Tile<f32, { [16, 1] }>) {
         let at: i64 = wide(tile) * wide(256i32) + wide(which * 16i32);
         store_column::<f32, 16>(slice::<f32>(record, at), 16i32, x.reshape(const_shape![16]));
     }

@@ -54,6 +54,7 @@ fn tiles(entry: &str, d: i32) -> Tiles {
         ("lla_decode_split", 128) => (64, 64, 8, 1),
         ("lla_decode_pass", 64) => (64, 64, 4, 4),
         ("lla_decode_pass", _) => (64, 64, 4, 3),
+        ("lla_decode_together", _) => (64, 128, 4, 2),
         ("lla_backward_query", 128) => (64, 64, 4, 1),
         ("lla_backward_key", 64) => (64, 64, 4, 2),
         ("lla_backward_key", _) => (32, 128, 8, 1),
@@ -214,6 +215,29 @@ fn how_paged(page_keys: i32) -> String {
 /// The kernels of decoding for queries that share keys.
 fn shared(dtype: &'static str, d: i32, other: Option<Tiles>) -> Vec<Variant> {
     let mut list = Vec::new();
+    for page_keys in [0, 64, 16] {
+        let (_, mut bn, warps, occupancy) = other.unwrap_or_else(|| tiles("lla_decode_together", d));
+        if page_keys != 0 {
+            // A tile comes from one page, or from four parts of 16.
+            bn = 64;
+        }
+        let generics = vec![
+            dtype.into(),
+            bn.to_string(),
+            d.to_string(),
+            how_paged(page_keys),
+            u8::from(dtype == "f16").to_string(),
+        ];
+        list.push(Variant {
+            name: format!("lla_decode_together_{dtype}_n{bn}_d{d}_p{page_keys}"),
+            module: "decode_together",
+            ast: crate::decode_together::decode_together::__module_ast_self,
+            bn,
+            page_keys,
+            tensor: true,
+            ..decode("lla_decode_together", dtype, d, generics, warps, occupancy)
+        });
+    }
     for kind in 0..3 {
         for page_keys in [0, 64, 16] {
             let (_, bn, warps, mut occupancy) = other.unwrap_or_else(|| tiles("lla_decode_pass", d));
@@ -245,7 +269,14 @@ fn shared(dtype: &'static str, d: i32, other: Option<Tiles>) -> Vec<Variant> {
             module: "decode_step",
             ast: crate::decode_step::decode_step::__module_ast_self,
             kind,
-            ..decode("lla_decode_step", dtype, d, vec![dtype.into(), d.to_string(), kind.to_string()], 8, 2)
+            ..decode(
+                "lla_decode_step",
+                dtype,
+                d,
+                vec![dtype.into(), d.to_string(), kind.to_string()],
+                if d == 64 { 8 } else { 16 },
+                2,
+            )
         });
     }
     list

@@ -108,14 +108,27 @@ pub struct DecodePointers {
     pub diagnostics: Option<[u64; 2]>,
 }
 
+/// How a decoding goes through a cache ([`DecodePlan::method`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DecodeMethod {
+    /// Every query by the moments of its keys and values, in one pass.
+    Moments,
+    /// Up to 16 queries of a KV head together, by conjugate gradients whose passes are split over the keys, each a launch. On an H100
+    /// for long contexts: for 8 query heads per KV head of dimension 64 (128) from some 150,000 (50,000) keys on, all sequences and KV heads counted, for 4
+    /// from 500,000 (130,000).
+    Passes,
+    /// The same in one launch, in which a tile block makes all passes for its queries: for many sequences and contexts of up to some 2000 keys.
+    Together,
+}
+
 /// A decoding made ready for the GPU.
 ///
 /// Made by [`super::Cuda::decode_plan`]. One pass over keys and values, split over the context, and a solve for every query
 /// ("Decoding in one pass"): like [`super::ForwardPlan`] it only puts work into the caller's stream.
 ///
-/// Where many queries (new tokens times query heads) share a KV head of bf16 or f16 and the context is long enough, they are
-/// solved together by conjugate gradients over the cache ([`DecodePlan::is_shared`]), which end when the expected relative error of the
-/// outputs is 1e-3, or at the tolerance that is given; those that would take too many passes are left to their moments.
+/// Where many queries (new tokens times query heads) share a KV head of bf16 or f16 and there is enough to do, they are
+/// solved together by conjugate gradients over the cache ([`DecodePlan::method`]), which end when the expected relative error of the
+/// outputs is 5e-4, or at the tolerance that is given; those that would take too many passes are left to their moments.
 /// [`Solver::Cg`], [`Solver::Auto`] with a limit of steps or a tolerance below 1e-4, and [`crate::Precision::High`] always take the
 /// moments.
 #[derive(Debug)]
@@ -303,16 +316,14 @@ impl DecodePlan {
         }
     }
 
-    /// Whether queries that share a KV head are solved together in a run whose longest sequence has `longest` tokens: where that is
-    /// expected to be faster. On an H100 it is for 8 query heads per KV head from some 160,000 keys on, all sequences and KV heads counted, for 4 from
-    /// 560,000, and for 2 never, at head dimensions up to 64; above, from 76,000, 210,000, and 1,440,000 for 2. Whatever this says, queries or
-    /// outputs of which those of a KV head are 2^30 elements apart are not.
-    pub fn is_shared(&self, longest: usize) -> bool {
-        self.schedule(longest).shared.is_some()
+    /// What a run does whose longest sequence has `longest` tokens: what is expected to be fastest. Whatever this says, queries or
+    /// outputs of which those of a KV head are 2^30 elements apart are decoded from their moments.
+    pub fn method(&self, longest: usize) -> DecodeMethod {
+        self.schedule(longest).shared.map_or(DecodeMethod::Moments, |shared| shared.method())
     }
 
     /// The scratch in bytes that a run needs whose longest sequence has `longest` tokens: at most 0.3 GB and some numbers per query,
-    /// and, where queries are solved together, up to 64 kB for every 16 of a KV head's.
+    /// and, where queries are solved together, up to 66 kB for every 16 of a KV head's and some 30 MB for splits.
     pub fn scratch_bytes(&self, longest: usize) -> usize {
         self.schedule(longest).bytes
     }

@@ -38,7 +38,9 @@ mod spoilt;
 pub use backward::{BackwardPlan, BackwardPointers};
 pub use cache::{DeviceCache, DeviceRoom};
 pub use cache_write::{CacheWrite, CacheWriter};
-pub use decode::{DECODE_TOLERANCE, DecodePlan, DecodePointers, DevicePool, DeviceScale, PoolLayout};
+pub use decode::{
+    DECODE_TOLERANCE, DecodeMethod, DecodePlan, DecodePointers, DevicePool, DeviceScale, PoolLayout,
+};
 pub use driver::RawStream;
 pub use forward::{ForwardPlan, ForwardPointers};
 pub use plan::{
