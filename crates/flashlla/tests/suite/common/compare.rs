@@ -93,7 +93,7 @@ fn floor(name: &str, attention: &Attention, data: &Data, want: &Results) -> f64 
     let a = 1.0 + rms(&data.k) * probe;
     0.01 * rows
         * match name {
-            "out" => v,
+            "out" => v * a,
             "lse" => 1.0 + scale * q * rms(&data.k),
             "key_mean" => k,
             "probe" => (q + k) / smallest_ridge(attention),
