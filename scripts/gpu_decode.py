@@ -52,7 +52,7 @@ def split_tiles(keys, tiles, resident):
 def fastest(rows, tiles, keys, pad):
     """Moments of every query, all passes in one launch ("together"), or split passes."""
     (launches, solve, each), (steps, key), (start, tile_key) = COSTS[pad]
-    times = {"moments": launches + rows * (solve + keys * each), "together": -(-tiles // TOGETHER) * (steps + keys * key), "passes": start + tiles * (keys + 2000) * tile_key}
+    times = {"moments": launches + rows * (solve + keys * each), "together": -(-tiles // TOGETHER) * (steps + keys * key), "passes": start + tiles * (keys + 2500) * tile_key}
     return min(times, key=times.get)
 
 

@@ -28,7 +28,7 @@ const COSTS: [Cost; 2] = [
     Cost { moments: [30e3, 240.0, 0.25], together: [250e3, 135.0], passes: [100e3, 0.395] },
 ];
 /// With so many keys there are twice as many passes as with many more.
-const FEW_KEYS: f64 = 2000.0;
+const FEW_KEYS: f64 = 2500.0;
 /// The relative error that is expected of outputs whose solve ends, where the description asks for no tolerance.
 const OUTPUT_ERROR: f64 = 5e-4;
 /// No query is asked for a relative residual below a quarter of this.
