@@ -1,6 +1,7 @@
 //! Conjugate gradients over a cache's keys for 16 queries that share them: a pass over the keys, and the step after it.
 //!
-//! Queries are columns. Keys and values go into the products as the cache has them, as rows. Weights and probes go in two and three
+//! Queries are columns of products: keys and values go into these as the cache has them, as rows. Between passes they are rows, so that
+//! a reduction of one query stays within a warp. Weights and probes go in two and three
 //! terms of the cache's type, so that nothing but the direction is rounded to it; which direction is taken is no matter of precision.
 //!
 //! Directions are made conjugate to the last one by its product with the matrix, so that a direction may be rounded or be any vector:
@@ -26,8 +27,8 @@ pub mod columns {
         (hi, lo, h + l)
     }
 
-    /// Which columns hold one of `count` queries.
-    pub fn columns_there(count: i32) -> Tile<bool, { [16, 1] }> {
+    /// Which of 16 places hold one of `count` queries.
+    pub fn queries_there(count: i32) -> Tile<bool, { [16, 1] }> {
         let there: Tile<i32, { [16] }> = iota(const_shape![16]);
         let there: Tile<bool, { [16] }> = lt_tile(there, broadcast_scalar(count, const_shape![16]));
         there.reshape(const_shape![16, 1])
@@ -266,7 +267,7 @@ pub mod columns {
     ///
     /// Residual `r`, solution `x`, the direction `along` and what the matrix makes of it; ridges, |delta|^2, |r|^2 before, the last step
     /// length, the direction's unit, passes made, states (0 goes on, 1 solved, 2 gave up), |r|^2 that is `allowed`, |r|^2 that counted as
-    /// reached; columns that are `there`, their number; passes that may follow; the bounds of `lla_decode_step`.
+    /// reached; which queries are `there`, their number; passes that may follow; the bounds of `lla_decode_step`.
     ///
     /// The new residual, solution, next direction, |r|^2, step length along it, passes, states, allowed, reached.
     pub fn step_along<const D: i32, const KIND: i32>(

@@ -1,11 +1,7 @@
 //! Decoding for queries that share a KV head: one pass over the keys of a split, for 16 queries at once.
 //!
 //! Where several queries read the same keys, their moments would each cost products of their own, while conjugate gradients read
-//! the keys a few times for all of them. Three kinds of pass (`KIND`): 0 finds the weights and applies the covariance to the query, which
-//! is the first direction; 1 applies it to a direction; 2 makes the outputs. `lla_decode_step` comes after each.
-//!
-//! Keys and values go into the products as the cache has them, as rows; queries are columns. Weights and probes go in two and three
-//! terms of the cache's type, so that nothing but the direction is rounded to it; which direction is taken is no matter of precision.
+//! the keys a few times for all of them (`columns`). `lla_decode_step` comes after each pass.
 // A tile program's variables need a value before a branch gives them theirs.
 #![allow(unused_assignments)]
 

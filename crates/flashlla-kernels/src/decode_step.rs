@@ -1,8 +1,6 @@
 //! Decoding for queries that share a KV head: what comes between the passes over the keys, for 16 queries at once.
 //!
-//! Conjugate gradients whose directions are made conjugate to the last one by its product with the matrix, so that a direction may be
-//! rounded or be any vector: the first one is the query (see `forward`). A query ends when the step that needs no pass brings
-//! its residual far enough down, or gives up when the passes that are left will not do: then its moments are summed instead.
+//! The step itself is that of `columns`; here are the sums of splits before it, and what passes and steps leave for each other.
 //!
 //! A record holds 16 numbers per query: 0 minus the log-sum-exp (base 2) that its weights are raised by, 1 where products are counted
 //! from, 2 their factor, 3 |r|^2, 4 |delta|^2, 5 |r|^2 that is allowed, 6 |r|^2 that counts as reached, 7 last step length, 8 unit of
@@ -119,7 +117,7 @@ pub mod decode_step {
         let zero: Tile<f32, { [16, 1] }> = constant(0.0f32, const_shape![16, 1]);
         let one: Tile<f32, { [16, 1] }> = constant(1.0f32, const_shape![16, 1]);
         let rows: i32 = min(count - start_row, 16i32);
-        let there: Tile<bool, { [16, 1] }> = columns_there(rows);
+        let there: Tile<bool, { [16, 1] }> = queries_there(rows);
         // Weights are raised by 2^10, so that fp16 keeps the small ones.
         let ten: Tile<f32, { [16, 1] }> = constant(10.0f32, const_shape![16, 1]);
         let lowered: Tile<f32, { [16, D] }> = constant(0.0009765625f32, const_shape![16, D]);

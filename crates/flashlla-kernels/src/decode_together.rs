@@ -1,7 +1,12 @@
 //! Decoding for queries that share a KV head in one launch: a tile block makes all passes over a context for up to 16 queries.
 //!
-//! The passes and the steps are those of `columns`; what `lla_decode_pass` and `lla_decode_step` leave in memory for each other stays in
-//! registers here, and nothing is launched between them. For short contexts, which would not be split.
+//! The passes and the steps are those of `columns`; nothing is launched between them. For short contexts, which would not be split.
+//!
+//! What a turn leaves to the next one goes by way of memory, ordered by tokens: a loop that carries it in registers makes all products in
+//! it wait for each other. It has two places, for even and odd turns, so that nothing is overwritten that another thread may still have
+//! to read. A record holds 16 numbers per query: 0 |r|^2, 1 last step length, 2 passes, 3 state (0 goes on, 1 solved, 2 gave up), 4 |r|^2
+//! that counts as reached; that of even turns also 5 |delta|^2, 6 |r|^2 that is allowed; that of odd turns 8 largest logit, 9 sum of
+//! weights, 10 sum of the other weights, of the last pass.
 // A tile program's variables need a value before a branch gives them theirs.
 #![allow(unused_assignments)]
 
@@ -169,7 +174,7 @@ pub mod decode_together {
             queries::<f32, 1>(slice::<f32>(ridge, ridge_at), start, count, t, ridge_head, ridge_row, 1i32);
         let scale: f32 = load_scalar(slice::<f32>(scale, wide(head * scale_head)));
         let rows: i32 = min(count - start, 16i32);
-        let there: Tile<bool, { [16, 1] }> = columns_there(rows);
+        let there: Tile<bool, { [16, 1] }> = queries_there(rows);
         // What each query sees; all of them see all of keys full0 to full1.
         let row_lo: Tile<i32, { [1, 16] }> = first_seen(options, start, length, t, window);
         let row_hi: Tile<i32, { [1, 16] }> = end_seen(options, start, length, t, count);
