@@ -117,7 +117,7 @@ pub enum DecodeMethod {
     /// for long contexts: for 8 query heads per KV head of dimension 64 (128) from some 150,000 (50,000) keys on, all sequences and KV heads counted, for 4
     /// from 500,000 (130,000).
     Passes,
-    /// The same in one launch, in which a tile block makes all passes for its queries: for many sequences and contexts of up to some 2000 keys.
+    /// The same in one launch, in which a tile block makes all passes for its queries: for many sequences and contexts of up to some 3000 keys.
     Together,
 }
 
