@@ -56,6 +56,21 @@ def fastest(rows, tiles, keys, pad):
     return min(times, key=times.get)
 
 
+def rowed(x):
+    """Strides of queries or outputs, as kernels take them that decode each query by itself."""
+    return [i64(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
+
+
+def near(x):
+    """The same for kernels that reach all queries of a KV head with 32 bits."""
+    return [i64(x.stride(0)), i32(x.stride(1)), i32(x.stride(2))]
+
+
+def paged(x):
+    """Strides of a pool."""
+    return [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
+
+
 class Shared:
     """Launches for queries that share a KV head: passes over the cache for 16 of them at once, and a step after each. `todo` says which
     queries are left to the moments."""
@@ -77,12 +92,10 @@ class Shared:
         vectors, kept = empty(tiles, 3, pad, 16, dtype=q.dtype), empty(tiles, 3, pad, 16)
         live, self.todo = empty(tiles, dtype=torch.int32), empty(batch * heads * t, dtype=torch.int32)
         where = [i32(options), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width)]
-        rowed = lambda x: [i64(x.stride(0)), i32(x.stride(1)), i32(x.stride(2))]
-        paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         of_pass = ([ptr(x) for x in (q, k, v, table, lengths, sums, parts, vectors, record, live, scale)] + where
-                   + [i32(width), i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [i32(0)])
+                   + [i32(width), i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + near(q) + paged(k) + paged(v) + [i32(0)])
         of_step = ([ptr(x) for x in (q, lengths, sums, parts, vectors, record, kept, live, self.todo, lam, out, lse, key_mean, probe, iterations, relative)]
-                   + where + [i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + [i32(x) for x in lam.stride()] + rowed(out)
+                   + where + [i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + near(q) + [i32(x) for x in lam.stride()] + near(out)
                    + [f32(TOLERANCE**2), f32(OUTPUT_ERROR**2)])
 
         def turn(n, left):
@@ -106,12 +119,10 @@ class Together:
         self.todo = torch.empty(batch * heads * t, device=q.device, dtype=torch.int32)
         tiles = batch * kv_heads * -(-queries // 16)
         self.keep = torch.empty(tiles, 8, pad, 16, device=q.device), torch.empty(tiles, 2, 16, 16, device=q.device)
-        rowed = lambda x: [i64(x.stride(0)), i32(x.stride(1)), i32(x.stride(2))]
-        paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         self.launches = [(name, "lla_decode_together", (tiles,),
                           [ptr(x) for x in (q, k, v, table, lengths, scale, lam, out, lse, key_mean, probe, iterations, relative, self.todo, *self.keep)]
                           + [i32(options), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width), i32(width), i32(pages), i32(page_size), i32(d), i32(dv)]
-                          + rowed(q) + paged(k) + paged(v) + [i32(0)] + [i32(x) for x in lam.stride()] + rowed(out)
+                          + near(q) + paged(k) + paged(v) + [i32(0)] + [i32(x) for x in lam.stride()] + near(out)
                           + [f32(TOLERANCE**2), f32(OUTPUT_ERROR**2), i32(0 if options & 16 else limit), i32(save), i32(save)])]
 
 
@@ -144,8 +155,6 @@ class Decode:
         lengths = lengths.to(device=dev, dtype=torch.int32)
         width = 1 if table is None else table.shape[1]
         where = [i32(0), i32(kv_heads), i32(heads // kv_heads), i32(t), i32(window or 0), i32(page_size * width)]
-        rowed = lambda x: [i64(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
-        paged = lambda x: [i32(x.stride(0)), i64(x.stride(1)), i32(x.stride(2))]
         how = how or fastest(rows, batch * kv_heads * -(-(heads // kv_heads * t) // 16), tiles * bn, pad)
         if q.dtype == torch.float32 or heads // kv_heads * t < 2:
             how = "moments"

@@ -12,7 +12,7 @@ pub mod decode_pass {
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 
-    /// `PAGED`: 0 page = sequence, 1 pages of a multiple of BN keys, 2 pages of 16 or 32.
+    /// `KIND`: as in `pass_over`. `PAGED`: 0 page = sequence, 1 pages of a multiple of BN keys, 2 pages of 16 or 32.
     /// Grid (tiles, splits), a tile being up to 16 queries of a KV head.
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
     pub unsafe fn lla_decode_pass<
@@ -32,7 +32,7 @@ pub mod decode_pass {
         parts: *mut f32, // out [tiles, splits, 4, 16]: largest logit (base 2), sum of weights, sum of the other weights
         vectors: *mut E, // [tiles, 3, 16, D]: the direction, or the probe in three terms
         record: *mut f32, // [tiles, 16, 16]: numbers per query
-        live: *mut i32,  // [tiles]: KIND 1 has something to do
+        live: *mut i32,  // [tiles]: 1 passes go on, 0 an output is wanted, 2 neither
         scale: *mut f32, // [kv_heads], strided
         options: i32,    // 1 causal, 2 window
         kv_heads: i32,
@@ -104,10 +104,10 @@ pub mod decode_pass {
                 let page: i32 = page_of::<PAGED>(table, width, batch, lo, page_size, pages);
                 let at: i64 =
                     wide(page) * wide(k_page) + wide(head) * k_head + wide(lo % page_size) * wide(k_row);
-                let (start, one): (Tile<f32, { [16, 1] }>, Tile<f32, { [16, 1] }>) =
+                let (counted, unit): (Tile<f32, { [16, 1] }>, Tile<f32, { [16, 1] }>) =
                     first_counts::<E, D>(k, at, d, query);
-                from = as_columns(start);
-                factor = as_columns(one);
+                from = as_columns(counted);
+                factor = as_columns(unit);
             } else {
                 shift = as_columns(zero_minus::<16, 1>(record_row(record, tile, 0i32)));
                 from = as_columns(record_row(record, tile, 1i32));

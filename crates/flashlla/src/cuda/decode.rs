@@ -114,8 +114,8 @@ pub enum DecodeMethod {
     /// Every query by the moments of its keys and values, in one pass.
     Moments,
     /// Up to 16 queries of a KV head together, by conjugate gradients whose passes are split over the keys, each a launch. On an H100
-    /// for long contexts: for 8 query heads per KV head of dimension 64 (128) from some 150,000 (50,000) keys on, all sequences and KV heads counted, for 4
-    /// from 500,000 (130,000).
+    /// for long contexts: for 8 query heads per KV head of dimension 64 (128) from some 120,000 (40,000) keys on, all sequences and KV heads counted, for 4
+    /// from 360,000 to 650,000 (120,000).
     Passes,
     /// The same in one launch, in which a tile block makes all passes for its queries: for many sequences and contexts of up to some 3000 keys.
     Together,
@@ -323,7 +323,8 @@ impl DecodePlan {
     }
 
     /// The scratch in bytes that a run needs whose longest sequence has `longest` tokens: at most 0.3 GB and some numbers per query,
-    /// and, where queries are solved together, up to 66 kB for every 16 of a KV head's and some 30 MB for splits.
+    /// and, where queries are solved together, up to 68 kB for every 16 of a KV head's, and 17 kB (9 at head dimensions up to 64) for each
+    /// split of those.
     pub fn scratch_bytes(&self, longest: usize) -> usize {
         self.schedule(longest).bytes
     }

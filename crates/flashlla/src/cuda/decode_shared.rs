@@ -41,7 +41,7 @@ const TILE: usize = 16;
 const MOST_SPLITS: usize = 256;
 /// Tile blocks of a pass that a multiprocessor runs at a time, for kernels of width 64 and 128.
 const RESIDENT: [usize; 2] = [4, 3];
-/// Tile blocks that make all passes.
+/// Tile blocks that make all passes, which a multiprocessor runs at a time.
 const TOGETHER: usize = 2;
 /// Passes that such a block may make.
 const TOGETHER_LIMIT: usize = 16;
@@ -52,7 +52,7 @@ pub(super) struct Shared {
     passes: [Arc<Function>; 3],
     steps: [Arc<Function>; 3],
     together: Arc<Function>,
-    /// Keys of a tile.
+    /// Keys of a pass's tile.
     tile: usize,
     width: usize,
     tolerance: f64,
@@ -122,8 +122,9 @@ impl Shared {
         let queries = a.group() * a.queries();
         let Solver::Auto { tolerance, max_iters: None } = a.solver() else { return Ok(None) };
         let exact = a.precision() == Precision::High || tolerance.is_some_and(|t| t < LEAST_TOLERANCE);
-        // f32 keys would have to be rounded.
-        if queries < 2 || exact || dtype == "f32" {
+        // f32 keys would have to be rounded. What makes all passes looks at a first key even where none counts.
+        let empty = a.keys() == 0 || layout.pages == 0;
+        if queries < 2 || exact || dtype == "f32" || empty {
             return Ok(None);
         }
         let wanted = |entry, kind| Wanted {
