@@ -45,14 +45,20 @@ pub mod decode_together {
         t
     }
 
-    /// Stores number `which` of a record.
-    unsafe fn keep_row(record: *mut f32, slot: i32, which: i32, x: Tile<f32, { [16, 1] }>) -> Token {
+    /// Where number `which` of a record lies.
+    unsafe fn row_at(record: *mut f32, slot: i32, which: i32) -> PointerTile<*mut f32, { [16] }> {
         let at: i64 = wide(slot) * wide(256i32) + wide(which * 16i32);
         let base: PointerTile<*mut f32, { [] }> = slice::<f32>(record, at);
         let one: PointerTile<*mut f32, { [1] }> = base.reshape(const_shape![1]);
         let all: PointerTile<*mut f32, { [16] }> = one.broadcast(const_shape![16]);
         let r: Tile<i32, { [16] }> = iota(const_shape![16]);
         let ptrs: PointerTile<*mut f32, { [16] }> = all.offset_tile(r);
+        ptrs
+    }
+
+    /// Stores number `which` of a record.
+    unsafe fn keep_row(record: *mut f32, slot: i32, which: i32, x: Tile<f32, { [16, 1] }>) -> Token {
+        let ptrs: PointerTile<*mut f32, { [16] }> = row_at(record, slot, which);
         let token: Token = store_ptr_tko(
             ptrs,
             x.reshape(const_shape![16]),
@@ -67,12 +73,7 @@ pub mod decode_together {
 
     /// Reads it.
     unsafe fn kept_row(record: *mut f32, slot: i32, which: i32, stored: Token) -> Tile<f32, { [16, 1] }> {
-        let at: i64 = wide(slot) * wide(256i32) + wide(which * 16i32);
-        let base: PointerTile<*mut f32, { [] }> = slice::<f32>(record, at);
-        let one: PointerTile<*mut f32, { [1] }> = base.reshape(const_shape![1]);
-        let all: PointerTile<*mut f32, { [16] }> = one.broadcast(const_shape![16]);
-        let r: Tile<i32, { [16] }> = iota(const_shape![16]);
-        let ptrs: PointerTile<*mut f32, { [16] }> = all.offset_tile(r);
+        let ptrs: PointerTile<*mut f32, { [16] }> = row_at(record, slot, which);
         let (x, _token): (Tile<f32, { [16] }>, Token) = load_ptr_tko(
             ptrs,
             ordering::Weak,
