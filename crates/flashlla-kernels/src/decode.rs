@@ -8,6 +8,27 @@ pub mod decode {
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 
+    /// What a row's query is: which of its sequence's new tokens, which query head of its KV head; its sequence, its KV head.
+    pub fn row_place(row: i32, t: i32, group: i32, kv_heads: i32) -> (i32, i32, i32, i32) {
+        let i: i32 = row % t;
+        let g: i32 = row / t % group;
+        let kv: i32 = row / t / group;
+        let batch: i32 = kv / kv_heads;
+        let head: i32 = kv % kv_heads;
+        (i, g, batch, head)
+    }
+
+    /// Of tile `tile` of up to 16 of the `count` queries of each KV head: its KV head among those of all sequences, its first query; its
+    /// sequence, its KV head there.
+    pub fn tile_place(tile: i32, count: i32, kv_heads: i32) -> (i32, i32, i32, i32) {
+        let per: i32 = ceil_div(count, 16i32);
+        let kv: i32 = tile / per;
+        let start: i32 = tile % per * 16i32;
+        let batch: i32 = kv / kv_heads;
+        let head: i32 = kv % kv_heads;
+        (kv, start, batch, head)
+    }
+
     /// First key that query `i` of `t` sees of `length`. Options: 1 causal, 2 window.
     pub fn decode_first(options: i32, length: i32, t: i32, i: i32, window: i32) -> i32 {
         let mut x: i32 = 0i32;

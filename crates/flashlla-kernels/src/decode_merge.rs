@@ -30,8 +30,7 @@ pub mod decode_merge {
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
         let row: i32 = first_row + pid.0;
-        let i: i32 = row % t;
-        let batch: i32 = row / t / group / kv_heads;
+        let (i, _g, batch, _head): (i32, i32, i32, i32) = row_place(row, t, group, kv_heads);
         let length: i32 = length_of(lengths, batch, most);
         let lo: i32 = decode_first(options, length, t, i, window);
         let hi: i32 = decode_end(options, length, t, i);
@@ -129,11 +128,7 @@ pub mod decode_merge {
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
         let row: i32 = first_row + pid.0;
-        let i: i32 = row % t;
-        let g: i32 = row / t % group;
-        let kv: i32 = row / t / group;
-        let batch: i32 = kv / kv_heads;
-        let head: i32 = kv % kv_heads;
+        let (i, g, batch, head): (i32, i32, i32, i32) = row_place(row, t, group, kv_heads);
         let query_head: i32 = head * group + g;
         let length: i32 = length_of(lengths, batch, most);
         let lo: i32 = decode_first(options, length, t, i, window);

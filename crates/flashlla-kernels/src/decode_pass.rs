@@ -60,11 +60,7 @@ pub mod decode_pass {
         let pid: (i32, i32, i32) = get_tile_block_id();
         let grid: (i32, i32, i32) = get_num_tile_blocks();
         let tile: i32 = pid.0;
-        let per: i32 = ceil_div(group * t, 16i32);
-        let kv: i32 = tile / per;
-        let start: i32 = tile % per * 16i32;
-        let batch: i32 = kv / kv_heads;
-        let head: i32 = kv % kv_heads;
+        let (_kv, start, batch, head): (i32, i32, i32, i32) = tile_place(tile, group * t, kv_heads);
         let length: i32 = length_of(lengths, batch, most);
         let lo: i32 = decode_first(options, length, t, 0i32, window);
         let hi: i32 = decode_end(options, length, t, t - 1i32);

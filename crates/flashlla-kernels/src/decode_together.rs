@@ -148,11 +148,7 @@ pub mod decode_together {
         let pid: (i32, i32, i32) = get_tile_block_id();
         let grid: (i32, i32, i32) = get_num_tile_blocks();
         let count: i32 = group * t;
-        let per: i32 = ceil_div(count, 16i32);
-        let kv: i32 = pid.0 / per;
-        let start: i32 = pid.0 % per * 16i32;
-        let batch: i32 = kv / kv_heads;
-        let head: i32 = kv % kv_heads;
+        let (kv, start, batch, head): (i32, i32, i32, i32) = tile_place(pid.0, count, kv_heads);
         let length: i32 = length_of(lengths, batch, most);
         let lo: i32 = decode_first(options, length, t, 0i32, window);
         let hi: i32 = decode_end(options, length, t, t - 1i32);

@@ -68,11 +68,7 @@ pub mod decode_whole {
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
         let row: i32 = pid.0;
-        let i: i32 = row % t;
-        let g: i32 = row / t % group;
-        let kv: i32 = row / t / group;
-        let batch: i32 = kv / kv_heads;
-        let head: i32 = kv % kv_heads;
+        let (i, g, batch, head): (i32, i32, i32, i32) = row_place(row, t, group, kv_heads);
         let query_head: i32 = head * group + g;
         let length: i32 = length_of(lengths, batch, most);
         let lo: i32 = decode_first(options, length, t, i, window);
