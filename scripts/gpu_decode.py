@@ -14,9 +14,10 @@ import torch
 from gpu_kernels import NAMES, Kernels, aligned, error, f32, graph_ms, i32, i64, ptr
 
 BLOCKS = {64: 264, 128: 132}  # tile blocks that an H100 runs at a time
-FEW = 4  # up to so many splits are folded by the merge itself
+SPLITS_COST = {64: (8, 0.08), 128: (4, 0.13)}  # a context is split where that saves more key tiles than this, and this for each query
+RESIDENT_WARPS = 132 * 32  # tile blocks of one warp that an H100 runs at a time
 # As in crates/flashlla/src/cuda/decode_shared.rs: nanoseconds of moments, of a tile block that makes all passes, of split passes.
-COSTS = {64: ((20e3, 55, 0.09), (82e3, 92), (85e3, 0.175)), 128: ((30e3, 240, 0.25), (250e3, 135), (100e3, 0.395))}
+COSTS = {64: ((18e3, 40, 0.087), (100e3, 82), (85e3, 0.168)), 128: ((20e3, 130, 0.235), (255e3, 150), (100e3, 0.37))}
 RESIDENT = {64: 528, 128: 396}  # tile blocks of a pass that an H100 runs at a time
 TOGETHER = 264  # tile blocks that make all passes
 TOGETHER_LIMIT = 16
@@ -141,6 +142,9 @@ class Decode:
         most = -(-int(lengths.max()) // bn) + 1
         tiles = min(tiles, most if window is None else -(-window // bn) + 1)
         step = split_tiles or (tiles if whole else plan(rows, tiles, BLOCKS[pad]))
+        worth = SPLITS_COST[pad][0] + SPLITS_COST[pad][1] * rows
+        if split_tiles is None and whole is not False and tiles - step <= worth and tiles <= 256:
+            step = tiles
         assert -(-tiles // step) <= 64
         splits = max(1, -(-tiles // step))
         self.out, self.lse = torch.empty(batch, heads, t, dv, device=dev, dtype=q.dtype), torch.empty(batch, heads, t, device=dev)
@@ -149,6 +153,7 @@ class Decode:
         self.iterations, self.relative = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty(rows, device=dev)
         moments = torch.empty(rows * splits + 16, 2 * pad + 2, pad, device=dev)
         parts = torch.empty(rows, splits, 2, device=dev)
+        folded, sums = torch.empty(rows, 4 * pad, pad, device=dev, dtype=torch.float16), torch.empty(rows, 4 * pad + 16, device=dev)
         lam = ridge if torch.is_tensor(ridge) else torch.full((batch, heads, t), float(ridge), device=dev)
         options = int(causal) + 2 * (window is not None) + 16 * (given is not None)
         scale = torch.full((1,), d ** -0.5 if scale is None else scale, device=dev)
@@ -167,23 +172,21 @@ class Decode:
         self.split = (split, "lla_decode_split", (rows, splits),
                       [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(scale), ptr(todo), i32(options)] + where
                       + [i32(width), i32(pages), i32(page_size), i32(step), i32(d), i32(dv)] + rowed(q) + paged(k) + paged(v) + [i32(0)])
-        self.fold = (f"lla_decode_fold_d{pad}", "lla_decode_fold", (rows, pad + 1),
-                     [ptr(lengths), ptr(moments), ptr(parts), ptr(todo), i32(options)] + where + [i32(splits), i32(step * bn), i32(bn)])
+        self.fold = (f"lla_decode_fold_d{pad}", "lla_decode_fold", (rows, max(8, min(2 * pad * pad // 128 + 1, RESIDENT_WARPS // rows))),
+                     [ptr(x) for x in (lengths, moments, parts, folded, sums, todo)] + [i32(options)] + where + [i32(splits), i32(step * bn), i32(bn)])
         self.merge = (f"lla_decode_merge_{NAMES[q.dtype]}_d{pad}", "lla_decode_merge", (rows,),
-                      [ptr(q), ptr(k), ptr(table), ptr(lengths), ptr(moments), ptr(parts), ptr(lam), ptr(self.out), ptr(self.lse),
-                       ptr(self.key_mean), ptr(self.probe), ptr(self.iterations), ptr(self.relative), ptr(todo), i32(options + 64 * (table is not None) + 128 * (1 < splits <= FEW))] + where
-                      + [i32(width), i32(pages), i32(page_size), i32(splits), i32(step * bn), i32(bn), i32(d), i32(dv)] + rowed(q) + paged(k)
-                      + [i32(lam.stride(0)), i32(lam.stride(1)), i32(lam.stride(2))] + rowed(self.out)
-                      + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
+                      [ptr(x) for x in (q, k, table, lengths, folded, sums, lam, self.out, self.lse, self.key_mean, self.probe, self.iterations, self.relative, todo)]
+                      + [i32(options + 64 * (table is not None))] + where + [i32(width), i32(pages), i32(page_size), i32(d), i32(dv)] + rowed(q) + paged(k)
+                      + [i32(x) for x in lam.stride()] + rowed(self.out) + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
         self.whole = None
-        if splits == 1 and pad == 64 and whole is not False:
+        if splits == 1 and whole is not False:
             self.whole = (variant(kernels, "lla_decode_whole", q.dtype, pad, table is not None, page_size)[0], "lla_decode_whole", (rows,),
                           [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(scale), ptr(lam), ptr(self.out), ptr(self.lse), ptr(self.key_mean), ptr(self.probe),
                            ptr(self.iterations), ptr(self.relative), ptr(todo), i32(options)] + where[1:] + [i32(width), i32(pages), i32(page_size), i32(d), i32(dv)]
                           + rowed(q) + paged(k) + paged(v) + [i32(0)] + [i32(x) for x in lam.stride()] + rowed(self.out)
                           + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
         self.splits = splits
-        self.keep = (q, k, v, table, lengths, moments, parts, scale, lam)
+        self.keep = (q, k, v, table, lengths, moments, parts, folded, sums, scale, lam)
 
     def __call__(self):
         for launch in self.shared.launches if self.shared else []:
@@ -191,10 +194,8 @@ class Decode:
         if self.whole:
             self.kernels(*self.whole)
             return self
-        self.kernels(*self.split)
-        if self.splits > FEW:
-            self.kernels(*self.fold)
-        self.kernels(*self.merge)
+        for launch in (self.split, self.fold, self.merge):
+            self.kernels(*launch)
         return self
 
 
@@ -250,6 +251,9 @@ def compare(kernels, what, q, k, v, lengths, ridge, limit, **args):
     errors = dict(out=error(got.out, want), lse=error(got.lse[seen], lse[seen]) if bool(seen.any()) else 0.0)
     if not torch.equal(torch.isneginf(got.lse), ~seen):
         errors["rows that see nothing"] = math.nan
+    unsolved = ~seen if args.get("given") is None else torch.ones_like(seen)
+    if bool(unsolved.any()):
+        errors["residual without a solve"] = float(got.relative.view_as(lse)[unsolved].max() + got.iterations.view_as(lse)[unsolved].max())
     left = f", {got.how}, {got.shared.todo.float().mean():.0%} by moments" if got.shared else ""
     line(f"{what} ({got.splits} splits, {got.iterations.float().mean():.1f} steps{left})", errors, limit)
     return got

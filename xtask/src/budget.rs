@@ -117,9 +117,11 @@ fn limits(entry: &str, plain: bool) -> (u32, u32) {
         ("lla_backward_query", _) => (560, 0),
         ("lla_backward_key", true) => (32, 0),
         ("lla_backward_key", false) => (32, 4),
-        // At D = 128 the sums fill the registers.
-        ("lla_decode_split", _) => (128, 115),
-        ("lla_decode_merge" | "lla_decode_step", _) => (32, 0),
+        // At D = 128 the sums fill the registers; the solve after them spills.
+        ("lla_decode_split" | "lla_decode_whole", true) => (256, 8),
+        ("lla_decode_split" | "lla_decode_whole", false) => (256, 115),
+        ("lla_decode_fold", _) => (16, 0),
+        ("lla_decode_step", _) => (32, 0),
         // Between the loops.
         ("lla_decode_together", _) => (128, 0),
         _ => (0, 0),

@@ -40,63 +40,101 @@ pub mod answer {
         }
     }
 
-    /// The probe that solves `(S / l - kbar kbar^T + ridge) x = delta` by conjugate gradients, its steps, and what is left of the
-    /// residual's square.
+    /// The probe that solves `(C + ridge) x = delta` by conjugate gradients, as 8 equal columns; its steps, and what is left of the
+    /// residual's square. C is in two fp16 terms, its rows in units of their own.
+    ///
+    /// What the matrix makes of a direction is a product on tensor cores, and a step's other products are one sum: a step is a chain of
+    /// waits, with 4 barriers. A direction may be rounded as it likes: it is made conjugate to the last one by what the matrix made of that.
     pub fn probe_of<const D: i32>(
-        s: Tile<f32, { [D, D] }>,
-        mean: Tile<f32, { [D] }>,
+        first: Tile<f16, { [D, D] }>,
+        second: Tile<f16, { [D, D] }>,
+        unit: Tile<f32, { [D, 8] }>,
         delta: Tile<f32, { [D] }>,
-        inverse: f32, // 1 / l
         lambda: f32,
         tolerance2: f32,
         max_iterations: i32,
-    ) -> (Tile<f32, { [1, D] }>, i32, f32) {
-        let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
-        let mean_c: Tile<f32, { [D, 1] }> = mean.reshape(const_shape![D, 1]);
-        let mut x: Tile<f32, { [1, D] }> = constant(0.0f32, const_shape![1, D]);
+    ) -> (Tile<f32, { [D, 8] }>, i32, f32) {
+        let mut r: Tile<f32, { [D, 8] }> = delta.reshape(const_shape![D, 1]).broadcast(const_shape![D, 8]);
+        let mut x: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
+        let mut along: Tile<f32, { [D, 8] }> = r;
+        let start: Tile<f32, { [8] }> = reduce_sum(r * r, 0i32);
+        let start: f32 = first_of(start, 0i32);
+        let mut rr: f32 = start;
         let mut it: i32 = 0i32;
-        let mut left: f32 = 0.0f32;
-        // Vectors are rows; the covariance is symmetric, so that a product with a column gives a row.
-        let c: Tile<f32, { [D, D] }> = s * broadcast_scalar(inverse, const_shape![D, D])
-            - mean_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
-        let mut r_r: Tile<f32, { [1, D] }> = delta.reshape(const_shape![1, D]);
-        let mut d_r: Tile<f32, { [1, D] }> = r_r;
-        let rr: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
-        let mut rr: f32 = single(rr.reshape(const_shape![1, 1]));
-        let start: f32 = rr;
+        let zero: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
+        let column: Tile<i32, { [8] }> = iota(const_shape![8]);
+        let column: Tile<i32, { [D, 8] }> = column.reshape(const_shape![1, 8]).broadcast(const_shape![D, 8]);
+        let one: Tile<i32, { [D, 8] }> = constant(1i32, const_shape![D, 8]);
+        let in_0: Tile<bool, { [D, 8] }> = lt_tile(column, one);
+        let in_1: Tile<bool, { [D, 8] }> = eq_tile(column, one);
+        let in_2: Tile<bool, { [D, 8] }> = eq_tile(column, one + one);
+        let in_3: Tile<bool, { [D, 8] }> = eq_tile(column, one + one + one);
+        let in_4: Tile<bool, { [D, 8] }> = eq_tile(column, one + one + one + one);
         while (it < max_iterations) && (rr > tolerance2 * start) {
-            let d_c: Tile<f32, { [D, 1] }> = d_r.reshape(const_shape![D, 1]);
-            let c_d: Tile<f32, { [D] }> = reduce_sum(c * d_c.broadcast(const_shape![D, D]), 0i32);
-            let c_d: Tile<f32, { [1, D] }> = c_d.reshape(const_shape![1, D]);
-            let a_r: Tile<f32, { [1, D] }> = c_d + d_r * broadcast_scalar(lambda, const_shape![1, D]);
-            let along: Tile<f32, { [1] }> = reduce_sum(d_r * a_r, 1i32);
-            let step: f32 = rr / single(along.reshape(const_shape![1, 1]));
-            x = x + d_r * broadcast_scalar(step, const_shape![1, D]);
-            r_r = r_r - a_r * broadcast_scalar(step, const_shape![1, D]);
-            let now: Tile<f32, { [1] }> = reduce_sum(r_r * r_r, 1i32);
-            let now: f32 = single(now.reshape(const_shape![1, 1]));
-            let turn: f32 = now / rr;
-            d_r = r_r + d_r * broadcast_scalar(turn, const_shape![1, D]);
-            rr = now;
-            it = it + 1i32;
+            // Counted loops keep what they carry as products have it.
+            for _round in 0i32..8i32 {
+                if (it < max_iterations) && (rr > tolerance2 * start) {
+                    for _turn in 0i32..4i32 {
+                        if (it < max_iterations) && (rr > tolerance2 * start) {
+                            let inverse: Tile<f32, { [1, 1] }> = rsqrt(number(rr), ftz::Enabled);
+                            // The direction is what is left of it in fp16.
+                            let t: Tile<f16, { [D, 8] }> =
+                                convert_tile(along * broadcast_scalar(single(inverse), const_shape![D, 8]));
+                            let tf: Tile<f32, { [D, 8] }> = convert_tile(t);
+                            let of_second: Tile<f32, { [D, 8] }> = mma(second, t, zero);
+                            let product: Tile<f32, { [D, 8] }> = mma(first, t, of_second);
+                            let a: Tile<f32, { [D, 8] }> =
+                                product * unit + tf * broadcast_scalar(lambda, const_shape![D, 8]);
+                            // Products in one sum: r.t, t.a, r.a, a.a, r.r.
+                            let left: Tile<f32, { [D, 8] }> =
+                                select(in_0, r, select(in_1, tf, select(in_2, r, select(in_3, a, r))));
+                            let right: Tile<f32, { [D, 8] }> = select(in_0, tf, select(in_4, r, a));
+                            let dots: Tile<f32, { [8] }> = reduce_sum(left * right, 0i32);
+                            let rt: f32 = first_of(dots, 0i32);
+                            let ta: f32 = first_of(dots, 1i32);
+                            let ra: f32 = first_of(dots, 2i32);
+                            let aa: f32 = first_of(dots, 3i32);
+                            let rr_now: f32 = first_of(dots, 4i32);
+                            let one_ta: f32 = single(quotient::<{ [1, 1] }>(number(1.0f32), number(ta)));
+                            let step: f32 = rt * one_ta;
+                            x = x + tf * broadcast_scalar(step, const_shape![D, 8]);
+                            r = r - a * broadcast_scalar(step, const_shape![D, 8]);
+                            let turn: f32 = (step * aa - ra) * one_ta;
+                            along = r + tf * broadcast_scalar(turn, const_shape![D, 8]);
+                            rr = max(rr_now - step * (2.0f32 * ra - step * aa), 1.0e-9f32 * rr_now);
+                            it = it + 1i32;
+                        }
+                    }
+                }
+            }
         }
+        let mut left: f32 = 0.0f32;
         if start > 0.0f32 {
-            left = rr / start;
+            left = max(rr, 0.0f32) / start;
         }
         // A system that holds no numbers ends at once: its answer is no number either.
         if start != start {
-            x = broadcast_scalar(start, const_shape![1, D]);
+            x = broadcast_scalar(start, const_shape![D, 8]);
         }
         (x, it, left)
     }
 
+    /// Number `which` of eight.
+    fn first_of(x: Tile<f32, { [8] }>, which: i32) -> f32 {
+        let column: Tile<i32, { [8] }> = iota(const_shape![8]);
+        let wanted: Tile<bool, { [8] }> = eq_tile(column, broadcast_scalar(which, const_shape![8]));
+        let none: Tile<f32, { [8] }> = constant(0.0f32, const_shape![8]);
+        let x: Tile<f32, { [] }> = reduce_sum(select(wanted, x, none), 0i32);
+        let x: f32 = tile_to_scalar(x);
+        x
+    }
+
     /// Output, log-sum-exp, and what else is asked for.
     pub unsafe fn write_answer<E: ElementType, const D: i32>(
-        t: Tile<f32, { [D, D] }>, // sum w v k^T
-        v_mean: Tile<f32, { [D] }>,
+        found: Tile<f32, { [D] }>, // the output
         mean: Tile<f32, { [D] }>,
         shift: Tile<f32, { [D] }>,
-        x: Tile<f32, { [1, D] }>,
+        x: Tile<f32, { [D, 8] }>, // the probe, in equal columns
         m: f32,
         l: f32,
         it: i32,
@@ -115,13 +153,6 @@ pub mod answer {
         save_state: i32,
         diagnostics: i32,
     ) {
-        let inverse: f32 = 1.0f32 / l;
-        let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
-        let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
-        let cov: Tile<f32, { [D, D] }> = t * broadcast_scalar(inverse, const_shape![D, D])
-            - v_c.broadcast(const_shape![D, D]) * mean_r.broadcast(const_shape![D, D]);
-        let along: Tile<f32, { [D] }> = reduce_sum(cov * x.broadcast(const_shape![D, D]), 1i32);
-        let found: Tile<f32, { [D] }> = v_mean - along;
         // One number of it that is not finite makes all of it not a number.
         let nothing: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
         let spoilt: Tile<f32, { [D] }> = found * nothing;
@@ -136,7 +167,7 @@ pub mod answer {
         if save_state != 0i32 {
             store_column::<f32, D>(slice::<f32>(key_mean, wide(row) * wide(d)), d, mean + shift);
             if (options & 16i32) == 0i32 {
-                let x: Tile<f32, { [D] }> = x.reshape(const_shape![D]);
+                let x: Tile<f32, { [D] }> = reduce_max(x, 1i32);
                 store_column::<f32, D>(slice::<f32>(probe, wide(row) * wide(d)), d, x);
             }
         }

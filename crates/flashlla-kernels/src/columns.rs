@@ -335,13 +335,12 @@ pub mod columns {
                 // What the forward allows (there is the reasoning).
                 times = two;
                 let tenth: Tile<f32, { [16, 1] }> = constant(0.1f32, const_shape![16, 1]);
-                // The keys' variance along the query; where weights are on a few keys it says little about other directions, which
-                // what the matrix adds to the query beside it does.
-                let beside: Tile<f32, { [16, 1] }> =
-                    theta * two * sqrt(rate, rounding::NearestEven, ftz::Disabled);
-                let of_keys: Tile<f32, { [16, 1] }> = max_tile(max_tile(theta - lam, theta * tenth), least);
-                let of_keys: Tile<f32, { [16, 1] }> = max_tile(of_keys, beside);
+                // With C the keys' covariance: |C q|^2 / q.Cq is its largest eigenvalue where weights are on two keys, and one that
+                // counts for more elsewhere. (q.Cq / |q|^2, the variance along the query, says little about other directions then.)
                 let curve: Tile<f32, { [16, 1] }> = max_tile(dad - lam * qq, zero);
+                let bend: Tile<f32, { [16, 1] }> = max_tile(aa - lam * (dad + curve), zero);
+                let of_keys: Tile<f32, { [16, 1] }> =
+                    max_tile(max_tile(bend / max_tile(curve, least), theta * tenth), least);
                 let size: Tile<f32, { [16, 1] }> = one + a * a * curve;
                 let error2: Tile<f32, { [16, 1] }> = broadcast_scalar(error2, const_shape![16, 1]);
                 let of_output: Tile<f32, { [16, 1] }> = error2 * size * lam * (lam / of_keys);
@@ -412,8 +411,7 @@ pub mod columns {
         let now: Tile<f32, { [16, 1] }> = select(runs, ended, state);
         let step: Tile<f32, { [16, 1] }> = select(runs & eq_tile(now, one) & gains, free, zero);
         let x: Tile<f32, { [16, D] }> = x + next * step.broadcast(const_shape![16, D]);
-        let reached: Tile<f32, { [16, 1] }> =
-            if KIND == 0i32 { min_tile(ahead, rr) } else { select(runs, min_tile(ahead, rr), reached) };
+        let reached: Tile<f32, { [16, 1] }> = select(runs, min_tile(ahead, rr), reached);
         let passes: Tile<f32, { [16, 1] }> =
             if KIND == 0i32 { passes } else { passes + select(runs, one, zero) };
         (r, x, next, rr, free, passes, now, allowed, reached)

@@ -225,27 +225,6 @@ pub mod decode {
         let _stored: Token = store_inside::<f32, D, D>(&all, 0i32, x);
     }
 
-    /// Reads it.
-    pub unsafe fn load_square<const D: i32>(
-        moments: *mut f32,
-        part: i32,
-        which: i32,
-    ) -> Tile<f32, { [D, D] }> {
-        let view: Tensor<f32, { [D, D] }> = square::<D>(moments, part, which);
-        let all: Partition<f32, { [D, D] }> = view.partition(const_shape![D, D]);
-        let tile: Tile<f32, { [D, D] }> = load_inside::<f32, D, D>(&all, 0i32);
-        tile
-    }
-
-    /// What a part's moments count beside the others': nothing to do where they were folded (option 128: they were not).
-    pub unsafe fn part_factor(options: i32, state: *mut f32, part: i32, m: f32) -> f32 {
-        let mut f: f32 = 1.0f32;
-        if (options & 128i32) != 0i32 {
-            f = power(load_scalar(slice::<f32>(state, wide(part) * wide(2i32))) - m);
-        }
-        f
-    }
-
     /// Largest logits of up to 64 parts of a query, far below any where there is no part.
     pub unsafe fn part_logits(state: *mut f32, first: i32, used: i32) -> Tile<f32, { [64] }> {
         let m: Tile<f32, { [64] }> =

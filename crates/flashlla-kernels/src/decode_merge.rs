@@ -9,13 +9,18 @@ pub mod decode_merge {
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 
-    /// Folds the parts of one query (up to 64) into the first, in a fixed order.
-    /// Grid (batch * kv_heads * group * t, D + 1).
+    /// Folds the parts of one query (up to 64), in a fixed order, into what the solve's products take: the covariances of keys with keys
+    /// and of values with keys, each row in two fp16 terms and a unit of its own.
+    ///
+    /// Grid (batch * kv_heads * group * t, any number): every tile block takes R rows of the covariances at a time, one the means. One warp,
+    /// each thread of which has some of R D = 128 = W columns of every part, so that nothing crosses threads but the rows' sizes.
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
-    pub unsafe fn lla_decode_fold<const D: i32, const W: i32>(
+    pub unsafe fn lla_decode_fold<const D: i32, const R: i32, const W: i32>(
         lengths: *mut i32,
         moments: *mut f32, // [rows, splits, 2 D + 2, D], and memory for 16 more parts behind
-        state: *mut f32,
+        state: *mut f32,   // [rows, splits, 2]
+        folded: *mut f16, // out [rows, 4 D, D]: first and second terms of the one covariance, then of the other
+        sums: *mut f32, // out [rows, 4 D + 16]: mean key, mean value, the rows' units, largest logit (base 2), sum of weights
         todo: *mut i32, // [batch * heads * t]: option 256 only
         options: i32,   // 1 causal, 2 window, 256 only queries that `todo` names
         first_row: i32, // the row of block 0
@@ -29,51 +34,170 @@ pub mod decode_merge {
         tile: i32,       // keys of a tile of the split
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
+        let grid: (i32, i32, i32) = get_num_tile_blocks();
         let row: i32 = first_row + pid.0;
         let (i, _g, batch, _head): (i32, i32, i32, i32) = row_place(row, t, group, kv_heads);
         let length: i32 = length_of(lengths, batch, most);
         let lo: i32 = decode_first(options, length, t, i, window);
         let hi: i32 = decode_end(options, length, t, i);
-        let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
-        if (used > 1i32) && is_wanted(options, todo, row) {
-            let all: Tile<f32, { [] }> = reduce_max(part_logits(state, pid.0 * splits, used), 0i32);
+        if (hi > lo) && is_wanted(options, todo, row) {
+            let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
+            let part: i32 = pid.0 * splits;
+            let logits: Tile<f32, { [64] }> = part_logits(state, part, used);
+            let all: Tile<f32, { [] }> = reduce_max(logits, 0i32);
             let m: f32 = tile_to_scalar(all);
-            let mut sum: Tile<f32, { [W] }> = constant(0.0f32, const_shape![W]);
-            let at: i64 = wide(pid.0 * splits) * wide(2i32 * D * D + 2i32 * D) + wide(pid.1 * W);
-            let base: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
-            let shape: Shape<{ [-1, W] }> = Shape::<{ [-1, W] }> { dims: &[64i32] };
-            let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[2i32 * D * D + 2i32 * D] };
-            let view: Tensor<f32, { [-1, W] }> =
-                make_tensor_view(base, shape, strides, new_token_unordered());
-            let view: Partition<f32, { [16, W] }> = view.partition(const_shape![16, W]);
-            let nothing: Tile<f32, { [16, W] }> = constant(0.0f32, const_shape![16, W]);
-            for c in 0i32..ceil_div(used, 16i32) {
-                let (x, _token): (Tile<f32, { [16, W] }>, Token) = load_view_raw(
-                    &view,
-                    [c, 0i32],
-                    Some(new_token_unordered()),
-                    ordering::Weak,
-                    scope::TileBlock,
-                    tma::Disabled,
-                    None,
-                    [true, true],
-                    const_shape![16, W],
-                );
-                let at: i64 = wide(pid.0 * splits + c * 16i32) * wide(2i32);
-                let of: Tile<f32, { [16] }> =
-                    load_column::<f32, 16>(slice::<f32>(state, at), 2i32, used - c * 16i32);
-                let f: Tile<f32, { [16] }> = exp2(of - broadcast_scalar(m, const_shape![16]), ftz::Enabled);
-                let there: Tile<i32, { [16] }> = iota(const_shape![16]);
-                let there: Tile<bool, { [16] }> =
-                    lt_tile(there, broadcast_scalar(used - c * 16i32, const_shape![16]));
-                let there: Tile<bool, { [16, W] }> =
-                    there.reshape(const_shape![16, 1]).broadcast(const_shape![16, W]);
-                let f: Tile<f32, { [16, W] }> = f.reshape(const_shape![16, 1]).broadcast(const_shape![16, W]);
-                let part: Tile<f32, { [W] }> = reduce_sum(select(there, x * f, nothing), 0i32);
-                sum = sum + part;
+            let weights: Tile<f32, { [64] }> =
+                load_column::<f32, 64>(slice::<f32>(state, wide(part) * wide(2i32) + wide(1i32)), 2i32, used);
+            let f: Tile<f32, { [64] }> = exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
+            let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
+            let l: f32 = tile_to_scalar(all);
+            let inverse: f32 = 1.0f32 / l;
+            // Numbers of a part: its matrices, its sums of keys and of values.
+            let size: i32 = 2i32 * D * D + 2i32 * D;
+            let from: i64 = wide(part) * wide(size);
+            let means: i64 = from + wide(2i32 * D * D);
+            let to: i64 = wide(pid.0) * wide(4i32 * D + 16i32);
+            for n in 0i32..ceil_div(2i32 * D / R + 1i32 - pid.1, grid.1) {
+                let turn: i32 = pid.1 + n * grid.1;
+                let mut right: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
+                if turn * R == 2i32 * D {
+                    let mut v_mean: Tile<f32, { [D] }> = right;
+                    for c in 0i32..ceil_div(used, 8i32) {
+                        let f: Tile<f32, { [8] }> = factors(state, part, c * 8i32, used, m);
+                        right = right + eight_parts::<D>(moments, means, size, c, used, f);
+                        v_mean = v_mean + eight_parts::<D>(moments, means + wide(D), size, c, used, f);
+                    }
+                    let of: Tile<f32, { [D] }> = broadcast_scalar(inverse, const_shape![D]);
+                    store_column::<f32, D>(slice::<f32>(sums, to), D, right * of);
+                    store_column::<f32, D>(slice::<f32>(sums, to + wide(D)), D, v_mean * of);
+                    store_number(sums, to + wide(4i32 * D), m);
+                    store_number(sums, to + wide(4i32 * D + 1i32), l);
+                } else {
+                    let mut of_values: i32 = 0i32;
+                    if turn * R >= D {
+                        of_values = 1i32;
+                    }
+                    let mut sum: Tile<f32, { [W] }> = constant(0.0f32, const_shape![W]);
+                    let mut left: Tile<f32, { [R] }> = constant(0.0f32, const_shape![R]);
+                    for c in 0i32..ceil_div(used, 8i32) {
+                        let f: Tile<f32, { [8] }> = factors(state, part, c * 8i32, used, m);
+                        sum = sum + eight_parts::<W>(moments, from + wide(turn * W), size, c, used, f);
+                        right = right + eight_parts::<D>(moments, means, size, c, used, f);
+                        // Sums of keys and of values lie one after the other, as the rows do.
+                        left = left + eight_ends::<R>(moments, means + wide(turn * R), size, c, used, f);
+                    }
+                    let second_moments: Tile<f32, { [R, D] }> = sum.reshape(const_shape![R, D]);
+                    let of: Tile<f32, { [R, D] }> = broadcast_scalar(inverse, const_shape![R, D]);
+                    let left_mean: Tile<f32, { [R, D] }> =
+                        left.reshape(const_shape![R, 1]).broadcast(const_shape![R, D]);
+                    let right_mean: Tile<f32, { [R, D] }> =
+                        right.reshape(const_shape![1, D]).broadcast(const_shape![R, D]);
+                    let c: Tile<f32, { [R, D] }> = second_moments * of - (left_mean * of) * (right_mean * of);
+                    let most: Tile<f32, { [R] }> = reduce_max(absf(c), 1i32);
+                    let unit: Tile<f32, { [R, 1] }> =
+                        pow2_floor::<{ [R, 1] }>(most.reshape(const_shape![R, 1]));
+                    let one: Tile<f32, { [R, 1] }> = constant(1.0f32, const_shape![R, 1]);
+                    let scaled: Tile<f32, { [R, D] }> =
+                        c * quotient::<{ [R, 1] }>(one, unit).broadcast(const_shape![R, D]);
+                    let first: Tile<f16, { [R, D] }> = convert_tile(scaled);
+                    let of_first: Tile<f32, { [R, D] }> = convert_tile(first);
+                    let second: Tile<f16, { [R, D] }> = convert_tile(scaled - of_first);
+                    let at: i64 = wide(pid.0) * wide(4i32 * D * D) + wide(of_values * D * D + turn * W);
+                    let first: Tile<f16, { [W] }> = first.reshape(const_shape![W]);
+                    let second: Tile<f16, { [W] }> = second.reshape(const_shape![W]);
+                    store_column::<f16, W>(slice::<f16>(folded, at), W, first);
+                    store_column::<f16, W>(slice::<f16>(folded, at + wide(D * D)), W, second);
+                    store_column::<f32, R>(
+                        slice::<f32>(sums, to + wide(2i32 * D + turn * R)),
+                        R,
+                        unit.reshape(const_shape![R]),
+                    );
+                }
             }
-            store_column::<f32, W>(base, W, sum);
         }
+    }
+
+    /// What the moments of parts `first` to `first` + 7 count beside the others'.
+    unsafe fn factors(state: *mut f32, part: i32, first: i32, used: i32, m: f32) -> Tile<f32, { [8] }> {
+        let at: i64 = wide(part + first) * wide(2i32);
+        let of: Tile<f32, { [8] }> = load_column::<f32, 8>(slice::<f32>(state, at), 2i32, used - first);
+        let f: Tile<f32, { [8] }> = exp2(of - broadcast_scalar(m, const_shape![8]), ftz::Enabled);
+        f
+    }
+
+    /// Which of parts `8 c` to `8 c` + 7 there are.
+    fn parts_there(c: i32, used: i32) -> Tile<bool, { [8] }> {
+        let p: Tile<i32, { [8] }> = iota(const_shape![8]);
+        lt_tile(p, broadcast_scalar(used - c * 8i32, const_shape![8]))
+    }
+
+    /// Eight parts' `C` numbers, `at` in the first and `size` apart, times their factors, added up.
+    unsafe fn eight_parts<const C: i32>(
+        moments: *mut f32,
+        at: i64,
+        size: i32,
+        c: i32,
+        used: i32,
+        f: Tile<f32, { [8] }>,
+    ) -> Tile<f32, { [C] }> {
+        let shape: Shape<{ [-1, C] }> = Shape::<{ [-1, C] }> { dims: &[64i32] };
+        let strides: Array<{ [-1, 1] }> = Array::<{ [-1, 1] }> { dims: &[size] };
+        let view: Tensor<f32, { [-1, C] }> =
+            make_tensor_view(slice_aligned::<f32>(moments, at), shape, strides, new_token_unordered());
+        let view: Partition<f32, { [8, C] }> = view.partition(const_shape![8, C]);
+        let (x, _token): (Tile<f32, { [8, C] }>, Token) = load_view_raw(
+            &view,
+            [c, 0i32],
+            Some(new_token_unordered()),
+            ordering::Weak,
+            scope::TileBlock,
+            tma::Disabled,
+            None,
+            [true, true],
+            const_shape![8, C],
+        );
+        let f: Tile<f32, { [8, C] }> = f.reshape(const_shape![8, 1]).broadcast(const_shape![8, C]);
+        let nothing: Tile<f32, { [8, C] }> = constant(0.0f32, const_shape![8, C]);
+        let there: Tile<bool, { [8] }> = parts_there(c, used);
+        let there: Tile<bool, { [8, C] }> = there.reshape(const_shape![8, 1]).broadcast(const_shape![8, C]);
+        let x: Tile<f32, { [8, C] }> = select(there, x * f, nothing);
+        reduce_sum(x, 0i32)
+    }
+
+    /// The same of `R` numbers.
+    unsafe fn eight_ends<const R: i32>(
+        moments: *mut f32,
+        at: i64,
+        size: i32,
+        c: i32,
+        used: i32,
+        f: Tile<f32, { [8] }>,
+    ) -> Tile<f32, { [R] }> {
+        let p: Tile<i32, { [8] }> = iota(const_shape![8]);
+        let p: Tile<i32, { [8] }> = p + broadcast_scalar(c * 8i32, const_shape![8]);
+        let there: Tile<bool, { [8] }> = parts_there(c, used);
+        let there: Tile<bool, { [8, R] }> = there.reshape(const_shape![8, 1]).broadcast(const_shape![8, R]);
+        let p: Tile<i32, { [8] }> = p * broadcast_scalar(size, const_shape![8]);
+        let p: Tile<i32, { [8, R] }> = p.reshape(const_shape![8, 1]).broadcast(const_shape![8, R]);
+        let r: Tile<i32, { [R] }> = iota(const_shape![R]);
+        let r: Tile<i32, { [8, R] }> = r.reshape(const_shape![1, R]).broadcast(const_shape![8, R]);
+        let base: PointerTile<*mut f32, { [] }> = slice::<f32>(moments, at);
+        let one: PointerTile<*mut f32, { [1, 1] }> = base.reshape(const_shape![1, 1]);
+        let all: PointerTile<*mut f32, { [8, R] }> = one.broadcast(const_shape![8, R]);
+        let ptrs: PointerTile<*mut f32, { [8, R] }> = all.offset_tile(p + r);
+        let (x, _token): (Tile<f32, { [8, R] }>, Token) = load_ptr_tko(
+            ptrs,
+            ordering::Weak,
+            None::<scope::TileBlock>,
+            Some(there),
+            None,
+            None,
+            Latency::<0>,
+        );
+        let f: Tile<f32, { [8, R] }> = f.reshape(const_shape![8, 1]).broadcast(const_shape![8, R]);
+        let nothing: Tile<f32, { [8, R] }> = constant(0.0f32, const_shape![8, R]);
+        let x: Tile<f32, { [8, R] }> = select(there, x * f, nothing);
+        reduce_sum(x, 0i32)
     }
 
     /// Solves for one query and writes its output, from its folded parts.
@@ -84,8 +208,8 @@ pub mod decode_merge {
         k: *mut E,
         table: *mut i32,
         lengths: *mut i32,
-        moments: *mut f32,
-        state: *mut f32,
+        folded: *mut f16,     // [rows, 4 D, D], see `lla_decode_fold`
+        sums: *mut f32,       // [rows, 4 D + 16]
         ridge: *mut f32,      // [batch, heads, t], strided
         out: *mut E,          // out [batch, heads, t, dv], strided
         lse: *mut f32,        // out [batch, heads, t], natural
@@ -94,7 +218,7 @@ pub mod decode_merge {
         iterations: *mut i32, // out [batch, heads, t] if diagnostics
         relative: *mut f32,   // out [batch, heads, t] if diagnostics: |r| / |delta|
         todo: *mut i32,       // [batch * heads * t]: option 256 only
-        options: i32, // 1 causal, 2 window, 16 probe given, 64 block table, 128 not folded yet, 256 only queries that `todo` names
+        options: i32, // 1 causal, 2 window, 16 probe given, 64 block table, 256 only queries that `todo` names
         first_row: i32, // the row of block 0
         kv_heads: i32,
         group: i32,
@@ -104,9 +228,6 @@ pub mod decode_merge {
         width: i32,
         pages: i32,
         page_size: i32,
-        splits: i32,
-        split_keys: i32, // keys of a split: a multiple of `tile`
-        tile: i32,       // keys of a tile of the split
         d: i32,
         dv: i32,
         q_batch: i64,
@@ -152,41 +273,21 @@ pub mod decode_merge {
                     diagnostics,
                 );
             } else {
-                let used: i32 = ceil_div(hi - lo / tile * tile, split_keys);
-                let part: i32 = pid.0 * splits;
-                let logits: Tile<f32, { [64] }> = part_logits(state, part, used);
-                let all: Tile<f32, { [] }> = reduce_max(logits, 0i32);
-                let m: f32 = tile_to_scalar(all);
-                let weights: Tile<f32, { [64] }> = load_column::<f32, 64>(
-                    slice::<f32>(state, wide(part) * wide(2i32) + wide(1i32)),
-                    2i32,
-                    used,
-                );
-                let f: Tile<f32, { [64] }> =
-                    exp2(logits - broadcast_scalar(m, const_shape![64]), ftz::Enabled);
-                let all: Tile<f32, { [] }> = reduce_sum(weights * f, 0i32);
-                let l: f32 = tile_to_scalar(all);
-                // Few splits are folded right here.
-                let mut parts: i32 = 1i32;
-                if (options & 128i32) != 0i32 {
-                    parts = used;
-                }
-                let mut s: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-                let mut k_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-                let mut v_sum: Tile<f32, { [D] }> = constant(0.0f32, const_shape![D]);
-                for c in 0i32..parts {
-                    let f: f32 = part_factor(options, state, part + c, m);
-                    let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 0i32);
-                    s = s + x * broadcast_scalar(f, const_shape![D, D]);
-                    let at: i64 = wide(part + c) * wide(2i32 * D * D + 2i32 * D) + wide(2i32 * D * D);
-                    let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at, D);
-                    k_sum = k_sum + x * broadcast_scalar(f, const_shape![D]);
-                    let x: Tile<f32, { [D] }> = load_one::<f32, D>(moments, at + wide(D), D);
-                    v_sum = v_sum + x * broadcast_scalar(f, const_shape![D]);
-                }
-                let inverse: f32 = 1.0f32 / l;
-                let mean: Tile<f32, { [D] }> = k_sum * broadcast_scalar(inverse, const_shape![D]);
-                let v_mean: Tile<f32, { [D] }> = v_sum * broadcast_scalar(inverse, const_shape![D]);
+                let at: i64 = wide(pid.0) * wide(4i32 * D * D);
+                let shape: Shape<{ [-1, D] }> = Shape::<{ [-1, D] }> { dims: &[4i32 * D] };
+                let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
+                let view: Tensor<f16, { [-1, D] }> =
+                    make_tensor_view(slice_aligned::<f16>(folded, at), shape, strides, new_token_unordered());
+                let terms: Partition<f16, { [D, D] }> = view.partition(const_shape![D, D]);
+                let first: Tile<f16, { [D, D] }> = terms.load([0i32, 0i32]);
+                let second: Tile<f16, { [D, D] }> = terms.load([1i32, 0i32]);
+                let at: i64 = wide(pid.0) * wide(4i32 * D + 16i32);
+                let mean: Tile<f32, { [D] }> = load_one::<f32, D>(sums, at, D);
+                let v_mean: Tile<f32, { [D] }> = load_one::<f32, D>(sums, at + wide(D), D);
+                let unit: Tile<f32, { [D] }> = load_one::<f32, D>(sums, at + wide(2i32 * D), D);
+                let v_unit: Tile<f32, { [D] }> = load_one::<f32, D>(sums, at + wide(3i32 * D), D);
+                let m: f32 = load_scalar(slice::<f32>(sums, at + wide(4i32 * D)));
+                let l: f32 = load_scalar(slice::<f32>(sums, at + wide(4i32 * D + 1i32)));
                 let mut page: i32 = batch;
                 if (options & 64i32) != 0i32 {
                     page = page_of::<1>(table, width, batch, lo, page_size, pages);
@@ -199,30 +300,44 @@ pub mod decode_merge {
                 let at: i64 = wide(batch) * q_batch + wide(query_head) * q_head + wide(i) * wide(q_row);
                 let query: Tile<f32, { [D] }> = load_one::<E, D>(q, at, d);
                 let delta: Tile<f32, { [D] }> = mean - (query - shift);
-                let mut x: Tile<f32, { [1, D] }> = constant(0.0f32, const_shape![1, D]);
+                let mut x: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
                 let mut it: i32 = 0i32;
                 let mut left: f32 = 0.0f32;
                 if (options & 16i32) != 0i32 {
                     let given: Tile<f32, { [D] }> = load_one::<f32, D>(probe, wide(row) * wide(d), d);
-                    x = given.reshape(const_shape![1, D]);
+                    x = given.reshape(const_shape![D, 1]).broadcast(const_shape![D, 8]);
                 } else {
                     let ridge_at: i32 = batch * ridge_batch + query_head * ridge_head + i * ridge_row;
                     let lambda: f32 = load_scalar(slice::<f32>(ridge, wide(ridge_at)));
-                    let (found, steps, rest): (Tile<f32, { [1, D] }>, i32, f32) =
-                        probe_of::<D>(s, mean, delta, inverse, lambda, tolerance2, max_iterations);
+                    let unit: Tile<f32, { [D, 8] }> =
+                        unit.reshape(const_shape![D, 1]).broadcast(const_shape![D, 8]);
+                    let (found, steps, rest): (Tile<f32, { [D, 8] }>, i32, f32) =
+                        probe_of::<D>(first, second, unit, delta, lambda, tolerance2, max_iterations);
                     x = found;
                     it = steps;
                     left = rest;
                 }
-                let mut cov: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-                for c in 0i32..parts {
-                    let f: f32 = part_factor(options, state, part + c, m);
-                    let x: Tile<f32, { [D, D] }> = load_square::<D>(moments, part + c, 1i32);
-                    cov = cov + x * broadcast_scalar(f, const_shape![D, D]);
-                }
+                let first: Tile<f16, { [D, D] }> = terms.load([2i32, 0i32]);
+                let second: Tile<f16, { [D, D] }> = terms.load([3i32, 0i32]);
+                // The probe in two terms as well, of its norm.
+                let size: Tile<f32, { [8] }> = reduce_sum(x * x, 0i32);
+                let size: Tile<f32, { [1, 8] }> = size.reshape(const_shape![1, 8]);
+                let norm: Tile<f32, { [1, 8] }> = sqrt(size, rounding::NearestEven, ftz::Disabled);
+                let norm: Tile<f32, { [1, 8] }> = pow2_floor::<{ [1, 8] }>(norm);
+                let one: Tile<f32, { [1, 8] }> = constant(1.0f32, const_shape![1, 8]);
+                let scaled: Tile<f32, { [D, 8] }> =
+                    x * quotient::<{ [1, 8] }>(one, norm).broadcast(const_shape![D, 8]);
+                let x1: Tile<f16, { [D, 8] }> = convert_tile(scaled);
+                let of_x1: Tile<f32, { [D, 8] }> = convert_tile(x1);
+                let x2: Tile<f16, { [D, 8] }> = convert_tile(scaled - of_x1);
+                let zero: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
+                let along: Tile<f32, { [D, 8] }> = mma(second, x1, zero);
+                let along: Tile<f32, { [D, 8] }> = mma(first, x2, along);
+                let along: Tile<f32, { [D, 8] }> = mma(first, x1, along);
+                let along: Tile<f32, { [D, 8] }> = along * norm.broadcast(const_shape![D, 8]);
+                let along: Tile<f32, { [D] }> = reduce_max(along, 1i32);
                 write_answer::<E, D>(
-                    cov,
-                    v_mean,
+                    v_mean - along * v_unit,
                     mean,
                     shift,
                     x,

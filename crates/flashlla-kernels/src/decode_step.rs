@@ -268,10 +268,12 @@ pub mod decode_step {
                 }
                 let mut x: Tile<f32, { [16, D] }> = solution;
                 let mut now: Tile<f32, { [16, 1] }> = ended;
+                let mut reached: Tile<f32, { [16, 1] }> = reached;
                 if (options & 16i32) != 0i32 {
                     let at: i64 = wide(kv) * wide(count) * wide(d);
                     x = queries::<f32, D>(slice::<f32>(probe, at), start_row, count, t, t * d, d, d);
                     now = one;
+                    reached = zero;
                 }
                 let (now, what): (Tile<f32, { [16, 1] }>, i32) = what_next::<D>(now, x, kbar, there);
                 store_column::<i32, 1>(

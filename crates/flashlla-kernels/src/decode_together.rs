@@ -268,10 +268,12 @@ pub mod decode_together {
         );
         let mut x: Tile<f32, { [16, D] }> = x;
         let mut now: Tile<f32, { [16, 1] }> = now;
+        let mut reached: Tile<f32, { [16, 1] }> = reached;
         if (options & 16i32) != 0i32 {
             let at: i64 = wide(kv) * wide(count) * wide(d);
             x = queries::<f32, D>(slice::<f32>(probe, at), start, count, t, t * d, d, d);
             now = one;
+            reached = zero;
         }
         let (now, what): (Tile<f32, { [16, 1] }>, i32) = what_next::<D>(now, x, kbar, there);
         let mut what: i32 = what;

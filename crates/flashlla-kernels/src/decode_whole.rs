@@ -139,22 +139,39 @@ pub mod decode_whole {
                 );
                 let query: Tile<f32, { [D] }> = load_one::<E, D>(q, q_at, d);
                 let delta: Tile<f32, { [D] }> = mean - (query - shift);
-                let mut x: Tile<f32, { [1, D] }> = constant(0.0f32, const_shape![1, D]);
+                let mean_r: Tile<f32, { [1, D] }> = mean.reshape(const_shape![1, D]);
+                let mean_r: Tile<f32, { [D, D] }> = mean_r.broadcast(const_shape![D, D]);
+                let mut x: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
                 let mut it: i32 = 0i32;
                 let mut left: f32 = 0.0f32;
                 if (options & 16i32) != 0i32 {
                     let given: Tile<f32, { [D] }> = load_one::<f32, D>(probe, wide(row) * wide(d), d);
-                    x = given.reshape(const_shape![1, D]);
+                    x = given.reshape(const_shape![D, 1]).broadcast(const_shape![D, 8]);
                 } else {
-                    let (found, steps, rest): (Tile<f32, { [1, D] }>, i32, f32) =
-                        probe_of::<D>(s, mean, delta, inverse, lambda, tolerance2, max_iterations);
+                    let mean_c: Tile<f32, { [D, 1] }> = mean.reshape(const_shape![D, 1]);
+                    let c: Tile<f32, { [D, D] }> = s * broadcast_scalar(inverse, const_shape![D, D])
+                        - mean_c.broadcast(const_shape![D, D]) * mean_r;
+                    let unit: f32 = single(pow2_floor::<{ [1, 1] }>(number(largest::<D, D>(c))));
+                    let scaled: Tile<f32, { [D, D] }> =
+                        c * broadcast_scalar(1.0f32 / unit, const_shape![D, D]);
+                    let first: Tile<f16, { [D, D] }> = convert_tile(scaled);
+                    let of_first: Tile<f32, { [D, D] }> = convert_tile(first);
+                    let second: Tile<f16, { [D, D] }> = convert_tile(scaled - of_first);
+                    let unit: Tile<f32, { [D, 8] }> = broadcast_scalar(unit, const_shape![D, 8]);
+                    let (found, steps, rest): (Tile<f32, { [D, 8] }>, i32, f32) =
+                        probe_of::<D>(first, second, unit, delta, lambda, tolerance2, max_iterations);
                     x = found;
                     it = steps;
                     left = rest;
                 }
+                let v_c: Tile<f32, { [D, 1] }> = v_mean.reshape(const_shape![D, 1]);
+                let cov: Tile<f32, { [D, D] }> = t * broadcast_scalar(inverse, const_shape![D, D])
+                    - v_c.broadcast(const_shape![D, D]) * mean_r;
+                let row_x: Tile<f32, { [D] }> = reduce_max(x, 1i32);
+                let row_x: Tile<f32, { [1, D] }> = row_x.reshape(const_shape![1, D]);
+                let along: Tile<f32, { [D] }> = reduce_sum(cov * row_x.broadcast(const_shape![D, D]), 1i32);
                 write_answer::<E, D>(
-                    t,
-                    v_mean,
+                    v_mean - along,
                     mean,
                     shift,
                     x,

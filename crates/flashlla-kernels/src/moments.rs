@@ -3,6 +3,8 @@
 //! All are entries of `X^T X` with rows `X_j = sqrt(w_j) [k_j, v_j, 1]`. X is rounded to fp16 once and every moment is made from the
 //! rounded X: what comes out is then the exact answer for keys and values off by 2^-11 of themselves, where moments rounded apart
 //! would not cancel in `S / l - kbar kbar^T`.
+// A tile program's variables need a value before a branch gives them theirs.
+#![allow(unused_assignments)]
 
 #[cutile::module]
 pub mod moments {
@@ -67,11 +69,12 @@ pub mod moments {
         let query: Tile<E, { [16, D] }> = row.broadcast(const_shape![16, D]);
         let row: Tile<f32, { [1, D] }> = convert_tile(row);
         let scale: f32 = load_scalar(slice::<f32>(scale, wide(head * scale_head)));
-        let sc: Tile<f32, { [BN] }> = broadcast_scalar(scale * 1.4426950408889634f32, const_shape![BN]);
+        // Logits are halved: roots of weights are wanted.
+        let sc: Tile<f32, { [BN] }> = broadcast_scalar(scale * 0.7213475204444817f32, const_shape![BN]);
         let none: Tile<f32, { [BN, D] }> = constant(0.0f32, const_shape![BN, D]);
         let never: Tile<f32, { [BN] }> = constant(-1.0e30f32, const_shape![BN]);
-        let half: Tile<f32, { [BN] }> = constant(0.5f32, const_shape![BN]);
-        let mut m: f32 = -1.0e30f32;
+        let no_key: Tile<E, { [BN, D] }> = constant(E::ZERO, const_shape![BN, D]);
+        let mut m: f32 = -5.0e29f32;
         // Units from four of the split's keys and values, which lie in one page.
         let a: i32 = max(lo, first * BN);
         let mut more: i32 = min(hi, first * BN + BN) - a;
@@ -89,13 +92,13 @@ pub mod moments {
         let v_most: f32 = largest::<4, D>(some);
         let ku: f32 = unit_for(k_most);
         let vu: f32 = unit_for(v_most);
-        let to_k: f32 = 1.0f32 / ku;
-        let to_v: f32 = 1.0f32 / vu;
+        let k_log: f32 = single(log2(number(ku)));
+        let to_v: f32 = 0.015625f32 / vu;
         let mut l: Tile<f32, { [BN] }> = constant(0.0f32, const_shape![BN]);
         let mut s_kk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
         let mut s_vk: Tile<f32, { [D, D] }> = constant(0.0f32, const_shape![D, D]);
-        let mut s_k: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
-        let mut s_v: Tile<f32, { [D, 16] }> = constant(0.0f32, const_shape![D, 16]);
+        let mut s_k: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
+        let mut s_v: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
         let key_parts: Partition<E, { [1, 16, D] }> = kv0.partition(const_shape![1, 16, D]);
         let value_parts: Partition<E, { [1, 16, D] }> = vv0.partition(const_shape![1, 16, D]);
         for j in first..end {
@@ -108,8 +111,8 @@ pub mod moments {
                 let kt: Tile<E, { [1, BN, D] }> = kp.load([page, slot, 0i32]);
                 kt.reshape(const_shape![BN, D])
             };
-            let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
             let products: Tile<f32, { [BN] }> = if WIDE == 1i32 {
+                let kf: Tile<f32, { [BN, D] }> = convert_tile(kt);
                 reduce_sum(kf * row.broadcast(const_shape![BN, D]), 1i32)
             } else {
                 let zero: Tile<f32, { [BN, 16] }> = constant(0.0f32, const_shape![BN, 16]);
@@ -117,38 +120,51 @@ pub mod moments {
                 reduce_max(products, 1i32)
             };
             let mut s: Tile<f32, { [BN] }> = products * sc;
-            let mut kf: Tile<f32, { [BN, D] }> = kf - shift;
             let edge: bool = (key < lo) || (key + BN > hi);
             if edge {
-                let seen: Tile<bool, { [BN] }> = between::<BN>(key, lo, hi);
-                s = select(seen, s, never);
-                let seen: Tile<bool, { [BN, D] }> =
-                    seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                kf = select(seen, kf, none);
+                s = select(between::<BN>(key, lo, hi), s, never);
+            }
+            // Keys become numbers while their logits are on their way; 128 wide, only once their weights are known: there would be no
+            // registers to hold them, and what is outside is taken out before.
+            let mut kf: Tile<f32, { [BN, D] }> = none;
+            if D == 64i32 {
+                let x: Tile<f32, { [BN, D] }> = convert_tile(kt);
+                kf = x - shift;
+                if edge {
+                    kf = select(rows_between::<BN, D>(key, lo, hi), kf, none);
+                }
             }
             let top: Tile<f32, { [] }> = reduce_max(s, 0i32);
             let top: f32 = tile_to_scalar(top);
             // Weights stay below 2^8, so that few tiles move the maximum.
-            if top > m + 8.0f32 {
-                let f: f32 = power(m - top);
+            if top > m + 4.0f32 {
+                let f: f32 = power((m - top) * 2.0f32);
                 l = l * broadcast_scalar(f, const_shape![BN]);
                 s_kk = s_kk * broadcast_scalar(f, const_shape![D, D]);
                 s_vk = s_vk * broadcast_scalar(f, const_shape![D, D]);
-                s_k = s_k * broadcast_scalar(f, const_shape![D, 16]);
-                s_v = s_v * broadcast_scalar(f, const_shape![D, 16]);
+                s_k = s_k * broadcast_scalar(f, const_shape![D, 8]);
+                s_v = s_v * broadcast_scalar(f, const_shape![D, 8]);
                 m = top;
             }
+            // In the keys' unit.
             let root: Tile<f32, { [BN] }> =
-                exp2((s - broadcast_scalar(m, const_shape![BN])) * half, ftz::Enabled);
-            let of_k: Tile<f32, { [BN] }> = root * broadcast_scalar(to_k, const_shape![BN]);
+                exp2(s - broadcast_scalar(m + k_log, const_shape![BN]), ftz::Enabled);
+            if D != 64i32 {
+                let mut kt: Tile<E, { [BN, D] }> = kt;
+                if edge {
+                    kt = select(rows_between::<BN, D>(key, lo, hi), kt, no_key);
+                }
+                let x: Tile<f32, { [BN, D] }> = convert_tile(kt);
+                kf = x - shift;
+            }
             let of_k: Tile<f32, { [BN, D] }> =
-                of_k.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
+                root.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
             let xk: Tile<f16, { [BN, D] }> = convert_tile(kf * of_k);
-            let sixty_four: Tile<f32, { [BN] }> = constant(64.0f32, const_shape![BN]);
-            let x1: Tile<f16, { [BN] }> = convert_tile(root * sixty_four);
+            let raised: Tile<f32, { [BN] }> = root * broadcast_scalar(ku * 64.0f32, const_shape![BN]);
+            let x1: Tile<f16, { [BN] }> = convert_tile(raised);
             let w: Tile<f32, { [BN] }> = convert_tile(x1);
             l = l + w * w;
-            let x1: Tile<f16, { [BN, 16] }> = x1.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, 16]);
+            let x1: Tile<f16, { [BN, 8] }> = x1.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, 8]);
             s_kk = mma(xk.transpose(), xk, s_kk);
             s_k = mma(xk.transpose(), x1, s_k);
             let vt: Tile<E, { [BN, D] }> = if PAGED == 2i32 {
@@ -157,14 +173,20 @@ pub mod moments {
                 let vt: Tile<E, { [1, BN, D] }> = vp.load([page, slot, 0i32]);
                 vt.reshape(const_shape![BN, D])
             };
-            let mut vf: Tile<f32, { [BN, D] }> = convert_tile(vt);
-            if edge {
-                let seen: Tile<bool, { [BN] }> = between::<BN>(key, lo, hi);
-                let seen: Tile<bool, { [BN, D] }> =
-                    seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
-                vf = select(seen, vf, none);
+            let mut vf: Tile<f32, { [BN, D] }> = none;
+            if D == 64i32 {
+                vf = convert_tile(vt);
+                if edge {
+                    vf = select(rows_between::<BN, D>(key, lo, hi), vf, none);
+                }
+            } else {
+                let mut vt: Tile<E, { [BN, D] }> = vt;
+                if edge {
+                    vt = select(rows_between::<BN, D>(key, lo, hi), vt, no_key);
+                }
+                vf = convert_tile(vt);
             }
-            let of_v: Tile<f32, { [BN] }> = root * broadcast_scalar(to_v, const_shape![BN]);
+            let of_v: Tile<f32, { [BN] }> = raised * broadcast_scalar(to_v, const_shape![BN]);
             let of_v: Tile<f32, { [BN, D] }> =
                 of_v.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D]);
             let xv: Tile<f16, { [BN, D] }> = convert_tile(vf * of_v);
@@ -179,6 +201,12 @@ pub mod moments {
         let v_sum: Tile<f32, { [D] }> = v_sum * broadcast_scalar(vu * 0.015625f32, const_shape![D]);
         let l: Tile<f32, { [] }> = reduce_sum(l, 0i32);
         let l: f32 = tile_to_scalar(l);
-        (s_kk, s_vk, k_sum, v_sum, m, l * 0.000244140625f32)
+        (s_kk, s_vk, k_sum, v_sum, m * 2.0f32, l * 0.000244140625f32)
+    }
+
+    /// Which rows of a tile of `BN` keys from `first` lie in `lo..hi`.
+    fn rows_between<const BN: i32, const D: i32>(first: i32, lo: i32, hi: i32) -> Tile<bool, { [BN, D] }> {
+        let seen: Tile<bool, { [BN] }> = between::<BN>(first, lo, hi);
+        seen.reshape(const_shape![BN, 1]).broadcast(const_shape![BN, D])
     }
 }

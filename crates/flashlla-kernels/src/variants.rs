@@ -51,7 +51,7 @@ impl Variant {
 fn tiles(entry: &str, d: i32) -> Tiles {
     match (entry, d) {
         ("lla_forward" | "lla_backward_solve", 128) => (64, 128, 8, 1),
-        ("lla_decode_split", 128) => (64, 64, 8, 1),
+        ("lla_decode_split" | "lla_decode_whole", 128) => (64, 64, 8, 1),
         ("lla_decode_pass", 64) => (64, 64, 4, 4),
         ("lla_decode_pass", _) => (64, 64, 4, 3),
         ("lla_decode_together", _) => (64, 128, 4, 2),
@@ -124,31 +124,24 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                     tensor: true,
                     ..decode("lla_decode_split", dtype, d, generics.clone(), warps, occupancy)
                 });
-                if d == 64 {
-                    // 128 wide, it is slower than two launches.
-                    list.push(Variant {
-                        name: format!("lla_decode_whole_{dtype}_n{bn}_d{d}_p{page_keys}"),
-                        module: "decode_whole",
-                        ast: crate::decode_whole::decode_whole::__module_ast_self,
-                        bn,
-                        page_keys,
-                        tensor: true,
-                        ..decode("lla_decode_whole", dtype, d, generics, warps, occupancy)
-                    });
-                }
+                list.push(Variant {
+                    name: format!("lla_decode_whole_{dtype}_n{bn}_d{d}_p{page_keys}"),
+                    module: "decode_whole",
+                    ast: crate::decode_whole::decode_whole::__module_ast_self,
+                    bn,
+                    page_keys,
+                    tensor: true,
+                    ..decode("lla_decode_whole", dtype, d, generics, warps, occupancy)
+                });
             }
             if dtype != "f32" {
                 list.extend(shared(dtype, d, other));
             }
             let (warps, occupancy) = if d == 64 { (4, 4) } else { (8, 2) };
-            list.push(decode(
-                "lla_decode_merge",
-                dtype,
-                d,
-                vec![dtype.into(), d.to_string()],
-                warps,
-                occupancy,
-            ));
+            list.push(Variant {
+                tensor: true,
+                ..decode("lla_decode_merge", dtype, d, vec![dtype.into(), d.to_string()], warps, occupancy)
+            });
             for entry in ["lla_convert", "lla_adjust"] {
                 for aligned in [true, false] {
                     list.push(Variant {
@@ -193,7 +186,8 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 list.push(product("lla_backward_key", dtype, d, false, bias, aligned));
             }
         }
-        list.push(decode("lla_decode_fold", "", d, vec![d.to_string(), (2 * d).to_string()], 4, 2));
+        let rows = 128 / d;
+        list.push(decode("lla_decode_fold", "", d, [d, rows, d * rows].map(|x| x.to_string()).into(), 1, 16));
         for bias in [false, true] {
             list.push(product("lla_backward_solve", "", d, false, bias, false));
             list.push(product("lla_backward_solve", "", d, true, bias, false));

@@ -14,8 +14,11 @@ use std::sync::Arc;
 pub const DECODE_TOLERANCE: f64 = 1e-5;
 /// The most splits of a context: what the merging kernels take.
 const MOST_SPLITS: usize = 64;
-/// Up to so many splits are folded by the merge itself, which saves a launch; more take it longer than the launch.
-const FEW_SPLITS: usize = 4;
+/// A context is split where that saves more key tiles than splits cost, measured in these: for any query, and for each. At padded head
+/// dimensions of 64 and 128, on an H100.
+const SPLITS_COST: [(f64, f64); 2] = [(8.0, 0.08), (4.0, 0.13)];
+/// Numbers beside the matrices that a query's folded splits leave, in f32: four vectors, and these.
+const FOLDED_NUMBERS: usize = 16;
 /// Key tiles of a split: fewer are not worth a block, and a tensor core's sums lose digits over more.
 const SPLIT_TILES: std::ops::RangeInclusive<usize> = 2..=256;
 /// Rows are decoded in groups whose moments take no more than this, in bytes.
@@ -114,8 +117,8 @@ pub enum DecodeMethod {
     /// Every query by the moments of its keys and values, in one pass.
     Moments,
     /// Up to 16 queries of a KV head together, by conjugate gradients whose passes are split over the keys, each a launch. On an H100
-    /// for long contexts: for 8 query heads per KV head of dimension 64 (128) from some 120,000 (40,000) keys on, all sequences and KV heads counted, for 4
-    /// from 360,000 to 650,000 (120,000).
+    /// for long contexts: for 8 query heads per KV head of dimension 64 (128) from some 130,000 (50,000) keys on, all sequences and KV heads counted, for 4
+    /// from 400,000 (150,000).
     Passes,
     /// The same in one launch, in which a tile block makes all passes for its queries: for many sequences and contexts of up to some 3000 keys.
     Together,
@@ -147,7 +150,7 @@ pub struct DecodePlan {
     fold: Arc<Function>,
     merge: Arc<Function>,
     /// What does the work of all three where a context is not split.
-    whole: Option<Arc<Function>>,
+    whole: Arc<Function>,
     /// Where queries share a KV head: what decodes most of them.
     shared: Option<Shared>,
 }
@@ -163,6 +166,9 @@ struct Schedule {
     most: usize,
     moments: u64,
     state: u64,
+    /// Covariances of the folded splits, and the numbers beside them.
+    folded: u64,
+    sums: u64,
     lse: u64,
     ridge: u64,
     scale: u64,
@@ -224,8 +230,7 @@ impl DecodePlan {
         let (split, [_, tile]) = find("lla_decode_split", dtype, paged.then_some(page_size))?;
         let (fold, _) = find("lla_decode_fold", "", None)?;
         let (merge, _) = find("lla_decode_merge", dtype, None)?;
-        let whole = engine.bundle.head_dims(&engine.architecture, "lla_decode_whole").contains(&width);
-        let whole = whole.then(|| find("lla_decode_whole", dtype, paged.then_some(page_size))).transpose()?;
+        let (whole, _) = find("lla_decode_whole", dtype, paged.then_some(page_size))?;
         let (tolerance, max_iters) = match a.solver() {
             Solver::Auto { tolerance, max_iters } => {
                 (tolerance.unwrap_or(DECODE_TOLERANCE), max_iters.unwrap_or(4 * width))
@@ -248,7 +253,7 @@ impl DecodePlan {
             split,
             fold,
             merge,
-            whole: whole.map(|(whole, _)| whole),
+            whole,
             shared: Shared::new(engine, a, layout, width, dtype)?,
         })
     }
@@ -278,11 +283,6 @@ impl DecodePlan {
         self.attention.mask().window_len().unwrap_or(0).min(1 << 30)
     }
 
-    /// What decodes a context of so many splits in one launch, if anything does.
-    fn whole(&self, splits: usize) -> Option<&Function> {
-        self.whole.as_deref().filter(|_| splits == 1)
-    }
-
     fn schedule(&self, longest: usize) -> Schedule {
         let rows = self.rows().max(1);
         let most = longest.min(self.attention.keys());
@@ -290,12 +290,20 @@ impl DecodePlan {
         // As many splits as fill the GPU once.
         let blocks = self.context().multiprocessors() * if self.width <= 64 { 2 } else { 1 };
         let wanted = tiles.div_ceil((blocks / rows).max(1));
-        let of_split =
+        let mut of_split =
             wanted.clamp(*SPLIT_TILES.start(), *SPLIT_TILES.end()).max(tiles.div_ceil(MOST_SPLITS));
+        let (cost, per_row) = SPLITS_COST[usize::from(self.width > 64)];
+        if tiles <= *SPLIT_TILES.end()
+            && (tiles.saturating_sub(of_split) as f64) <= cost + per_row * rows as f64
+        {
+            of_split = tiles;
+        }
         let splits = tiles.div_ceil(of_split);
         let part = (2 * self.width + 2) * self.width * 4;
-        let at_once = (MOST_MOMENTS / (splits * part)).clamp(1, rows);
-        let parts = if self.whole(splits).is_some() { 0 } else { at_once * splits + MORE_PARTS };
+        let folded = 4 * self.width * self.width * 2;
+        let at_once = (MOST_MOMENTS / (splits * part + folded)).clamp(1, rows);
+        // One launch keeps nothing in memory.
+        let (parts, merged) = if splits == 1 { (0, 0) } else { (at_once * splits + MORE_PARTS, at_once) };
         let mut places = Places::default();
         let places = &mut places;
         let multiprocessors = self.context().multiprocessors();
@@ -308,7 +316,9 @@ impl DecodePlan {
             rows: at_once,
             most,
             moments: places.take(parts * part),
-            state: places.take(at_once * splits * 8),
+            state: places.take(merged * splits * 8),
+            folded: places.take(merged * folded),
+            sums: places.take(merged * (4 * self.width + FOLDED_NUMBERS) * 4),
             lse: places.take(rows * 4),
             ridge: places.take(self.ridge.bytes()),
             scale: places.take(4),
@@ -374,6 +384,7 @@ impl DecodePlan {
             (self.ridge.write(base + plan.ridge, p.ridge, stream)?, scale)
         };
         let [moments, state] = [base + plan.moments, base + plan.state];
+        let [folded, sums] = [base + plan.folded, base + plan.sums];
         let lse = p.lse.unwrap_or(base + plan.lse);
         let [key_mean, probe_out] = p.state.unwrap_or([0, 0]);
         let [iterations, relative] = p.diagnostics.unwrap_or([0, 0]);
@@ -410,7 +421,7 @@ impl DecodePlan {
                 .i32s([self.max_iters])
                 .i32s([p.state.is_some(), p.diagnostics.is_some()].map(i32::from))
         };
-        if let Some(whole) = self.whole(plan.splits) {
+        if plan.splits == 1 {
             let arguments = Arguments::new()
                 .pointers([p.q.ptr, p.k.ptr, p.v.ptr, table, p.lengths, scale.ptr, ridge.ptr, p.out.ptr])
                 .pointers([lse, key_mean, p.probe.unwrap_or(probe_out), iterations, relative, todo])
@@ -420,11 +431,14 @@ impl DecodePlan {
             let arguments = p.v.after(p.k.after(strides(arguments, &p.q))).i32s([scale.stride]);
             let arguments = limits(strides(arguments.i32s(ridge.strides), &p.out));
             // SAFETY: as below.
-            return unsafe { whole.launch([side(self.rows()), 1, 1], &arguments, stream) };
+            return unsafe { self.whole.launch([side(self.rows()), 1, 1], &arguments, stream) };
         }
-        let folded = plan.splits > FEW_SPLITS;
+        // As many tile blocks as there is room for at a time, of one warp each: where few queries are left to their moments, all others'
+        // leave at once.
+        let resident = 32 * context.multiprocessors();
         for first in (0..self.rows()).step_by(plan.rows) {
             let rows = plan.rows.min(self.rows() - first);
+            let fold_blocks = (resident / rows).clamp(8, 2 * self.width * self.width / 128 + 1);
             let common = |options: i32| {
                 Arguments::new()
                     .i32s([options, int(first), int(a.kv_heads()), int(a.group()), int(a.queries())])
@@ -438,18 +452,15 @@ impl DecodePlan {
                 .i32s([int(a.head_dim()), int(a.value_dim())]);
             let split = p.v.after(p.k.after(strides(split, &p.q))).i32s([scale.stride]);
             let cut = [int(plan.splits), int(plan.tiles * self.tile), int(self.tile)];
-            let fold =
-                Arguments::new().pointers([p.lengths, moments, state, todo]).then(&common(options)).i32s(cut);
+            let fold = Arguments::new()
+                .pointers([p.lengths, moments, state, folded, sums, todo])
+                .then(&common(options))
+                .i32s(cut);
             let merge = Arguments::new()
-                .pointers([p.q.ptr, p.k.ptr, table, p.lengths, moments, state, ridge.ptr, p.out.ptr])
+                .pointers([p.q.ptr, p.k.ptr, table, p.lengths, folded, sums, ridge.ptr, p.out.ptr])
                 .pointers([lse, key_mean, p.probe.unwrap_or(probe_out), iterations, relative, todo])
-                .then(&common(
-                    options
-                        + option::BLOCK_TABLE * i32::from(paged)
-                        + option::NOT_FOLDED * i32::from(!folded),
-                ))
+                .then(&common(options + option::BLOCK_TABLE * i32::from(paged)))
                 .i32s([int(table_width), int(pages), int(page_size)])
-                .i32s(cut)
                 .i32s([int(a.head_dim()), int(a.value_dim())]);
             let merge = p.k.after(strides(merge, &p.q)).i32s(ridge.strides);
             let merge = limits(strides(merge, &p.out));
@@ -457,9 +468,7 @@ impl DecodePlan {
             // described, the scratch as large as the schedule laid out.
             unsafe {
                 self.split.launch([side(rows), side(plan.splits), 1], &split, stream)?;
-                if folded {
-                    self.fold.launch([side(rows), side(self.width + 1), 1], &fold, stream)?;
-                }
+                self.fold.launch([side(rows), side(fold_blocks), 1], &fold, stream)?;
                 self.merge.launch([side(rows), 1, 1], &merge, stream)?;
             }
         }

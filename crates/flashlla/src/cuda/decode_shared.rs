@@ -24,8 +24,8 @@ struct Cost {
 }
 
 const COSTS: [Cost; 2] = [
-    Cost { moments: [20e3, 55.0, 0.09], together: [82e3, 92.0], passes: [85e3, 0.175] },
-    Cost { moments: [30e3, 240.0, 0.25], together: [250e3, 135.0], passes: [100e3, 0.395] },
+    Cost { moments: [18e3, 40.0, 0.087], together: [100e3, 82.0], passes: [85e3, 0.168] },
+    Cost { moments: [20e3, 130.0, 0.235], together: [255e3, 150.0], passes: [100e3, 0.37] },
 ];
 /// With so many keys there are twice as many passes as with many more.
 const FEW_KEYS: f64 = 2500.0;

@@ -42,7 +42,6 @@ pub(super) mod option {
     pub const PROBE_GIVEN: i32 = 16;
     pub const HEAVY_FIRST: i32 = 32;
     pub const BLOCK_TABLE: i32 = 64;
-    pub const NOT_FOLDED: i32 = 128;
     /// Only queries that a list names.
     pub const SOME: i32 = 256;
 }
