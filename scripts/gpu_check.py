@@ -11,7 +11,7 @@ import torch
 from gpu_kernels import Kernels, error, gradients, graph_ms, reference, visible
 
 TOLERANCE = {64: 3e-3, 128: 2.1e-3}  # what the library passes by default, beside
-ERRORS = 1.3e-3, 2.5e-3  # the expected errors of outputs and gradients at which its solves end
+ERRORS = 2.2e-3, 2.5e-3  # the expected errors of outputs and gradients at which its solves end
 SHAPES = [(64, 1024, 64), (16, 4096, 64), (4, 16384, 64), (32, 1024, 128), (8, 4096, 128), (2, 16384, 128)]
 failures = 0
 

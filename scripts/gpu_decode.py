@@ -288,7 +288,8 @@ def check(kernels):
                     q, k, v = tensors(2, 16, 2, 1, m, d, d, torch.bfloat16, mean)
                     if mean:
                         q = (q + k[:, :, :1].repeat_interleave(8, 1).float()).bfloat16()
-                    for how in ("together", "passes"):
+                    # One tile block's sums lose digits over many keys (up to 4e-3 with a mean, at ridge 1): it is chosen up to some 3000.
+                    for how in ("together", "passes") if m <= 5000 else ("passes",):
                         compare(kernels, f"bf16 d{d} ridge {ridge} mean {mean} {m} keys, groups of 8", q, k, v, [m, (m + 1) // 2], ridge, limit, how=how)
         for ridge in (10.0, 1.0, 0.1):
             for group, how in ((1, "moments"), (4, "together"), (4, "passes")):

@@ -279,23 +279,39 @@ pub mod forward {
         let four: Tile<f32, { [BM, 1] }> = constant(4.0f32, const_shape![BM, 1]);
         let ahead: Tile<f32, { [BM, 1] }> = select(seeded, four * rr * max_tile(spread, zero), dd);
         let mut allowed: Tile<f32, { [BM, 1] }> = thr;
+        let mut first_allowed: Tile<f32, { [BM, 1] }> = thr;
         let mut left: Tile<f32, { [BM, 1] }> = ahead;
         if by_output {
             // A residual r leaves at most |r| / ridge of the probe. That adds as much to the output, for values of size 1, as C makes
-            // of it (what it makes of q, or 0.1 of A), where the output's square is sum p (1 - alpha)^2 = 1 + x.C x, of which the
-            // part of the multiple of q is known. Small ridges make too much of this bound: a quarter of the relative residual will
-            // do. Great ridges make too little: the probe is wanted too.
+            // of it: |C q|^2 / q.Cq, its largest eigenvalue where weights are on two keys and one that counts for more elsewhere, or 0.1
+            // of A. The output's square is sum p (1 - alpha)^2 = 1 + x.C x, of which the part of the multiple of q is known. Small
+            // ridges make too much of this bound: a quarter of the relative residual will do. Great ridges make too little: the probe is
+            // wanted too.
             let tenth: Tile<f32, { [BM, 1] }> = constant(0.1f32, const_shape![BM, 1]);
-            let of_keys: Tile<f32, { [BM, 1] }> = max_tile(max_tile(theta - lam, theta * tenth), least);
+            let eigen: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(c_c, max_tile(q_c, least));
+            let of_keys: Tile<f32, { [BM, 1] }> = max_tile(max_tile(eigen, theta * tenth), least);
             let size: Tile<f32, { [BM, 1] }> = one + alpha * alpha * max_tile(q_c, zero);
             let error2: Tile<f32, { [BM, 1] }> = broadcast_scalar(error2, const_shape![BM, 1]);
-            let probe: Tile<f32, { [BM, 1] }> = constant(1.6e-5f32, const_shape![BM, 1]);
+            let of_probe: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
+            let of_probe: Tile<f32, { [BM, 1] }> = of_probe * dd;
             let output: Tile<f32, { [BM, 1] }> = error2 * size * lam * quotient::<{ [BM, 1] }>(lam, of_keys);
-            allowed = max_tile(thr * sixteenth, min_tile(output, dd * probe));
-            // What was a bound, for a mean. A query that starts with delta does not know yet how A acts.
+            first_allowed = max_tile(thr * sixteenth, min_tile(output, of_probe));
+            // A pass leaves this part of the square: queries that make passes end anywhere between the bound and that part of it, and
+            // it is their mean that is asked for.
+            let rate_least: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
+            let rate_most: Tile<f32, { [BM, 1] }> = constant(0.5f32, const_shape![BM, 1]);
+            let rate: Tile<f32, { [BM, 1] }> = min_tile(max_tile(spread + spread, rate_least), rate_most);
+            let minus_ln2: Tile<f32, { [BM, 1] }> = constant(-0.6931472f32, const_shape![BM, 1]);
+            let times: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(log2(rate) * minus_ln2, one - rate);
+            let output: Tile<f32, { [BM, 1] }> = output * select(seeded, times, one);
+            allowed = max_tile(thr * sixteenth, min_tile(output, of_probe));
+            // What was a bound, for a mean. Where weights are on few keys what is left lies along these, where A is not as it is on
+            // average. A query that starts with delta does not know yet how A acts.
             let half: Tile<f32, { [BM, 1] }> = constant(0.5f32, const_shape![BM, 1]);
             let most: Tile<f32, { [BM, 1] }> = constant(1.0e30f32, const_shape![BM, 1]);
-            left = select(seeded, half * ahead, most);
+            let apart: Tile<f32, { [BM, 1] }> =
+                quotient::<{ [BM, 1] }>(max_tile(eigen + lam - theta, zero), max_tile(theta, least));
+            left = select(seeded, max_tile(half * ahead, min_tile(apart * apart, one) * rr), most);
         }
         let gains: Tile<bool, { [BM, 1] }> = seeded & le_tile(ahead, rr);
         let tiny: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
@@ -304,7 +320,7 @@ pub mod forward {
             select(seeded.broadcast(const_shape![BM, D]), r, add_scaled::<BM, D>(kbar, zero - one, qf));
         let rr: Tile<f32, { [BM, 1] }> = select(seeded, rr, dd);
         let start: Tile<f32, { [BM, 1] }> = select(seeded, alpha, zero);
-        let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(left, allowed, by_output);
+        let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(left, first_allowed, by_output);
         let mut worst: f32 = together::<BM>(select(gt_tile(dd, zero), part, zero));
         if (options & 16i32) != 0i32 {
             worst = 0.0f32;

@@ -15,10 +15,13 @@ const TOKENS: usize = 128;
 /// [`Solver::Auto`](crate::Solver) without a tolerance ends its solves with [`Precision::Standard`](crate::Precision). Their rounding to
 /// `bf16` alone is 1.6e-3.
 ///
-/// It is estimated for values of size 1 that know nothing of their keys: a residual r leaves at most |r| / λ of the probe, in which
-/// the keys vary as they do along the query. No query of the block is left at more than five times the mean, and none is asked for a
-/// relative residual below a quarter of [`STANDARD_TOLERANCE`].
-pub const STANDARD_OUTPUT_ERROR: f64 = 1.3e-3;
+/// It is estimated for values of size 1 that know nothing of their keys: a residual r leaves at most |r| / λ of the probe, along which
+/// the keys vary by |C q|² / qᵀC q, with C their covariance. Queries that make passes may be left at more by a factor that is the root of
+/// ln(1/ρ) / (1 - ρ), where ρ is what a pass leaves of the residual's square: they end anywhere below that bound. No query of the block is left
+/// at more than five times the mean, none is asked for a relative residual below a quarter of [`STANDARD_TOLERANCE`], and all
+/// are for one of 1e-2. On normal queries, keys and values it made outputs err by up to 2.6e-3 at λ = 100, 2.3e-3 at 30 and 2.0e-3 from 10 to 1, their
+/// rounding included.
+pub const STANDARD_OUTPUT_ERROR: f64 = 2.2e-3;
 /// The same of the gradients of queries, keys and values, for the backward's own solves. What residuals do to gradients was measured
 /// on normal queries, keys and values; where values are functions of the keys, gradients of keys err by twice as much.
 pub const STANDARD_GRADIENT_ERROR: f64 = 2.5e-3;
