@@ -22,6 +22,8 @@ RESIDENT = {64: 528, 128: 396}  # tile blocks of a pass that an H100 runs at a t
 TOGETHER = 264  # tile blocks that make all passes
 TOGETHER_LIMIT = 16
 TOLERANCE, OUTPUT_ERROR = 4e-4, 5e-4
+# Ways to decode, each to be forced: moments in one launch (where it is chosen), of splits of two tiles, and queries solved together.
+WAYS = {"moments": dict(how="moments"), "moments of splits": dict(how="moments", split_tiles=2), "together": dict(how="together"), "passes": dict(how="passes")}
 failures = 0
 
 
@@ -151,7 +153,7 @@ class Decode:
         self.probe = given if given is not None else torch.empty(batch, heads, t, d, device=dev)
         self.key_mean = torch.empty(batch, heads, t, d, device=dev)
         self.iterations, self.relative = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty(rows, device=dev)
-        moments = torch.empty(rows * splits + 16, 2 * pad + 2, pad, device=dev)
+        moments = torch.empty(rows * splits + 8, 2 * pad + 2, pad, device=dev)
         parts = torch.empty(rows, splits, 2, device=dev)
         folded, sums = torch.empty(rows, 4 * pad, pad, device=dev, dtype=torch.float16), torch.empty(rows, 4 * pad + 16, device=dev)
         lam = ridge if torch.is_tensor(ridge) else torch.full((batch, heads, t), float(ridge), device=dev)
@@ -177,14 +179,14 @@ class Decode:
         self.merge = (f"lla_decode_merge_{NAMES[q.dtype]}_d{pad}", "lla_decode_merge", (rows,),
                       [ptr(x) for x in (q, k, table, lengths, folded, sums, lam, self.out, self.lse, self.key_mean, self.probe, self.iterations, self.relative, todo)]
                       + [i32(options + 64 * (table is not None))] + where + [i32(width), i32(pages), i32(page_size), i32(d), i32(dv)] + rowed(q) + paged(k)
-                      + [i32(x) for x in lam.stride()] + rowed(self.out) + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
+                      + [i32(x) for x in lam.stride()] + rowed(self.out) + [f32(1e-10), i32(8 * pad), i32(state), i32(state)])
         self.whole = None
         if splits == 1 and whole is not False:
             self.whole = (variant(kernels, "lla_decode_whole", q.dtype, pad, table is not None, page_size)[0], "lla_decode_whole", (rows,),
                           [ptr(q), ptr(k), ptr(v), ptr(table), ptr(lengths), ptr(scale), ptr(lam), ptr(self.out), ptr(self.lse), ptr(self.key_mean), ptr(self.probe),
                            ptr(self.iterations), ptr(self.relative), ptr(todo), i32(options)] + where[1:] + [i32(width), i32(pages), i32(page_size), i32(d), i32(dv)]
                           + rowed(q) + paged(k) + paged(v) + [i32(0)] + [i32(x) for x in lam.stride()] + rowed(self.out)
-                          + [f32(1e-10), i32(4 * pad), i32(state), i32(state)])
+                          + [f32(1e-10), i32(8 * pad), i32(state), i32(state)])
         self.splits = splits
         self.keep = (q, k, v, table, lengths, moments, parts, folded, sums, scale, lam)
 
@@ -300,18 +302,23 @@ def check(kernels):
             compare(kernels, f"bf16 d{d} logits {factor} times as wide", q * factor, k, v, [4000, 300], 1.0, 5e-3)
             for how in ("together", "passes"):
                 compare(kernels, f"bf16 d{d} logits {factor} times as wide, groups of 4", q * factor, k[:, :1], v[:, :1], [4000, 300], 1.0, 5e-3, how=how)
+        # Rows with a single one, of which a solve's residual may leave nothing.
+        ones = [torch.nn.functional.one_hot(torch.randint(d, x.shape[:-1], device="cuda"), d).bfloat16() for x in (q, k)]
+        for ridge in (10.0, 1.0, 0.1):
+            for how, way in WAYS.items():
+                compare(kernels, f"bf16 d{d} one-hot queries and keys, ridge {ridge}, {how}", ones[0], ones[1][:, :1], v[:, :1], [4000, 1], ridge, 2.5e-3, **way)
         k[:, :, :64], v[:, :, :64] = k[:, :, :64] / 256, 0
         compare(kernels, f"bf16 d{d} first keys near 0, first values 0", q, k, v, [4000, 300], 1.0, 5e-3)
         q, k, v = tensors(3, 8, 2, 5, 700, d, d, torch.bfloat16)
         ridge = torch.rand(3, 8, 5, device="cuda") * 9 + 1
         for name, args in (("causal", {}), ("window 100", dict(window=100)), ("all keys", dict(causal=False)), ("one tile a split", dict(split_tiles=1)),
                            ("given probe", dict(given=torch.randn(3, 8, 5, d, device="cuda") * 0.3)), ("scale 0", dict(scale=0.0))):
-            for how in ("moments", "together", "passes"):
-                compare(kernels, f"bf16 d{d} 5 queries, groups of 4, a ridge each, {name}, {how}", q, k, v, [700, 0, 5], ridge, 2.5e-3, how=how, **args)
+            for how, way in WAYS.items():
+                compare(kernels, f"bf16 d{d} 5 queries, groups of 4, a ridge each, {name}, {how}", q, k, v, [700, 0, 5], ridge, 2.5e-3, **{**way, **args})
         k[:, :, 700:], v[1, :, 5:], k[2, :, 5:] = math.nan, math.nan, math.nan
-        for how in ("moments", "together", "passes"):
-            compare(kernels, f"bf16 d{d} NaN past the end, {how}", q, k, v, [700, 5, 5], ridge, 2.5e-3, how=how)
-            a, b = (Decode(kernels, q, k, v, torch.tensor([700, 5, 5], device="cuda"), ridge, how=how)() for _ in range(2))
+        for how, way in WAYS.items():
+            compare(kernels, f"bf16 d{d} NaN past the end, {how}", q, k, v, [700, 5, 5], ridge, 2.5e-3, **way)
+            a, b = (Decode(kernels, q, k, v, torch.tensor([700, 5, 5], device="cuda"), ridge, **way)() for _ in range(2))
             line(f"bf16 d{d} the same bits again, {how}", dict(differ=float((a.out != b.out).sum() + (a.lse != b.lse).sum())), 0.0)
     for dtype in (torch.float16, torch.float32):
         for d, dv in ((64, 64), (40, 64), (128, 72)):
@@ -326,8 +333,8 @@ def check(kernels):
             q, k, v = tensors(2, 8, 2, 2, 600, d, d, torch.bfloat16)
             try:
                 kp, vp, table = pool_of(k, v, [600, 131], page_size, -(-600 // page_size))
-                for how in ("moments", "together", "passes"):
-                    compare(kernels, f"bf16 d{d} pages of {page_size}, {how}", q, kp, vp, [600, 131], 1.0, 2.5e-3, table=table, how=how)
+                for how, way in WAYS.items():
+                    compare(kernels, f"bf16 d{d} pages of {page_size}, {how}", q, kp, vp, [600, 131], 1.0, 2.5e-3, table=table, **way)
             except KeyError as e:
                 print("skipped:", e)
 

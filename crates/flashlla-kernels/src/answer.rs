@@ -60,6 +60,8 @@ pub mod answer {
         let start: Tile<f32, { [8] }> = reduce_sum(r * r, 0i32);
         let start: f32 = first_of(start, 0i32);
         let mut rr: f32 = start;
+        // Below the smallest normal number a norm is none.
+        let enough: f32 = max(tolerance2 * start, 1.0e-37f32);
         let mut it: i32 = 0i32;
         let zero: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
         let column: Tile<i32, { [8] }> = iota(const_shape![8]);
@@ -70,12 +72,12 @@ pub mod answer {
         let in_2: Tile<bool, { [D, 8] }> = eq_tile(column, one + one);
         let in_3: Tile<bool, { [D, 8] }> = eq_tile(column, one + one + one);
         let in_4: Tile<bool, { [D, 8] }> = eq_tile(column, one + one + one + one);
-        while (it < max_iterations) && (rr > tolerance2 * start) {
+        while (it < max_iterations) && (rr > enough) {
             // Counted loops keep what they carry as products have it.
             for _round in 0i32..8i32 {
-                if (it < max_iterations) && (rr > tolerance2 * start) {
+                if (it < max_iterations) && (rr > enough) {
                     for _turn in 0i32..4i32 {
-                        if (it < max_iterations) && (rr > tolerance2 * start) {
+                        if (it < max_iterations) && (rr > enough) {
                             let inverse: Tile<f32, { [1, 1] }> = rsqrt(number(rr), ftz::Enabled);
                             // The direction is what is left of it in fp16.
                             let t: Tile<f16, { [D, 8] }> =
@@ -95,13 +97,18 @@ pub mod answer {
                             let ra: f32 = first_of(dots, 2i32);
                             let aa: f32 = first_of(dots, 3i32);
                             let rr_now: f32 = first_of(dots, 4i32);
-                            let one_ta: f32 = single(quotient::<{ [1, 1] }>(number(1.0f32), number(ta)));
+                            let mut one_ta: f32 = single(quotient::<{ [1, 1] }>(number(1.0f32), number(ta)));
+                            // Nothing is left of the direction: the next one is the residual, if there is any.
+                            if ta == 0.0f32 {
+                                one_ta = 0.0f32;
+                            }
                             let step: f32 = rt * one_ta;
                             x = x + tf * broadcast_scalar(step, const_shape![D, 8]);
                             r = r - a * broadcast_scalar(step, const_shape![D, 8]);
                             let turn: f32 = (step * aa - ra) * one_ta;
                             along = r + tf * broadcast_scalar(turn, const_shape![D, 8]);
-                            rr = max(rr_now - step * (2.0f32 * ra - step * aa), 1.0e-9f32 * rr_now);
+                            // A difference, which knows no less of it than this.
+                            rr = max(rr_now - step * (2.0f32 * ra - step * aa), 5.0e-7f32 * rr_now);
                             it = it + 1i32;
                         }
                     }
@@ -110,7 +117,7 @@ pub mod answer {
         }
         let mut left: f32 = 0.0f32;
         if start > 0.0f32 {
-            left = max(rr, 0.0f32) / start;
+            left = rr / start;
         }
         // A system that holds no numbers ends at once: its answer is no number either.
         if start != start {

@@ -332,7 +332,7 @@ pub mod columns {
             allowed = dd * broadcast_scalar(tolerance2, const_shape![16, 1]);
             let mut times: Tile<f32, { [16, 1] }> = constant(4.0f32, const_shape![16, 1]);
             if error2 > 0.0f32 {
-                // What the forward allows (there is the reasoning).
+                // What is expected of the outputs, as in the forward (there is the reasoning).
                 times = two;
                 let tenth: Tile<f32, { [16, 1] }> = constant(0.1f32, const_shape![16, 1]);
                 // With C the keys' covariance: |C q|^2 / q.Cq is its largest eigenvalue where weights are on two keys, and one that

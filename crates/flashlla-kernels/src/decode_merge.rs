@@ -17,7 +17,7 @@ pub mod decode_merge {
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
     pub unsafe fn lla_decode_fold<const D: i32, const R: i32, const W: i32>(
         lengths: *mut i32,
-        moments: *mut f32, // [rows, splits, 2 D + 2, D], and memory for 16 more parts behind
+        moments: *mut f32, // [rows, splits, 2 D + 2, D], and memory for 8 more parts behind
         state: *mut f32,   // [rows, splits, 2]
         folded: *mut f16, // out [rows, 4 D, D]: first and second terms of the one covariance, then of the other
         sums: *mut f32, // out [rows, 4 D + 16]: mean key, mean value, the rows' units, largest logit (base 2), sum of weights
@@ -319,14 +319,13 @@ pub mod decode_merge {
                 }
                 let first: Tile<f16, { [D, D] }> = terms.load([2i32, 0i32]);
                 let second: Tile<f16, { [D, D] }> = terms.load([3i32, 0i32]);
-                // The probe in two terms as well, of its norm.
-                let size: Tile<f32, { [8] }> = reduce_sum(x * x, 0i32);
+                // The probe in two terms as well, in a unit of its own.
+                let size: Tile<f32, { [8] }> = reduce_max(absf(x), 0i32);
                 let size: Tile<f32, { [1, 8] }> = size.reshape(const_shape![1, 8]);
-                let norm: Tile<f32, { [1, 8] }> = sqrt(size, rounding::NearestEven, ftz::Disabled);
-                let norm: Tile<f32, { [1, 8] }> = pow2_floor::<{ [1, 8] }>(norm);
+                let size: Tile<f32, { [1, 8] }> = pow2_floor::<{ [1, 8] }>(size);
                 let one: Tile<f32, { [1, 8] }> = constant(1.0f32, const_shape![1, 8]);
                 let scaled: Tile<f32, { [D, 8] }> =
-                    x * quotient::<{ [1, 8] }>(one, norm).broadcast(const_shape![D, 8]);
+                    x * quotient::<{ [1, 8] }>(one, size).broadcast(const_shape![D, 8]);
                 let x1: Tile<f16, { [D, 8] }> = convert_tile(scaled);
                 let of_x1: Tile<f32, { [D, 8] }> = convert_tile(x1);
                 let x2: Tile<f16, { [D, 8] }> = convert_tile(scaled - of_x1);
@@ -334,7 +333,7 @@ pub mod decode_merge {
                 let along: Tile<f32, { [D, 8] }> = mma(second, x1, zero);
                 let along: Tile<f32, { [D, 8] }> = mma(first, x2, along);
                 let along: Tile<f32, { [D, 8] }> = mma(first, x1, along);
-                let along: Tile<f32, { [D, 8] }> = along * norm.broadcast(const_shape![D, 8]);
+                let along: Tile<f32, { [D, 8] }> = along * size.broadcast(const_shape![D, 8]);
                 let along: Tile<f32, { [D] }> = reduce_max(along, 1i32);
                 write_answer::<E, D>(
                     v_mean - along * v_unit,

@@ -51,7 +51,7 @@ impl Variant {
 fn tiles(entry: &str, d: i32) -> Tiles {
     match (entry, d) {
         ("lla_forward" | "lla_backward_solve", 128) => (64, 128, 8, 1),
-        ("lla_decode_split" | "lla_decode_whole", 128) => (64, 64, 8, 1),
+        ("lla_decode_split", 128) => (64, 64, 8, 1),
         ("lla_decode_pass", 64) => (64, 64, 4, 4),
         ("lla_decode_pass", _) => (64, 64, 4, 3),
         ("lla_decode_together", _) => (64, 128, 4, 2),

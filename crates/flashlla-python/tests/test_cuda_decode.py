@@ -75,8 +75,7 @@ def test_a_cache_does_as_on_the_cpu(options) -> None:
         assert error(b, a) < CLOSE[torch.bfloat16]
 
 
-def test_more_rows_than_are_decoded_at_a_time() -> None:
-    # 2048 rows of 128 dims: their moments take more than 256 MiB.
+def test_many_rows() -> None:
     q, k, v = random(16, 8, 16, 128), random(16, 8, 40, 128), random(16, 8, 40, 128)
     lengths, probe = [40 - i for i in range(16)], random(16, 8, 16, 128) * 0.1
     for options in ({"ridge": torch.rand(16, 8, 16) + 0.5}, {"probe": probe}):
@@ -85,6 +84,18 @@ def test_more_rows_than_are_decoded_at_a_time() -> None:
         got, of_got = flashlla.decode(q.cuda(), k.cuda(), v.cuda(), lengths, return_diagnostics=True, **there)
         for a, b in ((got, want), (of_got.lse, of_want.lse), (of_got.probe, of_want.probe)):
             assert max(error(a[i].cpu(), b[i]) for i in range(16)) < 1e-2
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_contexts_that_are_split(dim: int) -> None:
+    q, k, v = random(3, 4, 3, dim), random(3, 2, 2500, dim), random(3, 2, 2500, dim)
+    lengths, probe = [2500, 900, 3], random(3, 4, 3, dim) * 0.1
+    for options in ({"ridge": torch.rand(3, 4, 3) + 0.5}, {"probe": probe}, {"ridge": 1.0, "window": 1500}):
+        want, of_want = flashlla.decode(q, k, v, lengths, return_diagnostics=True, **options)
+        there = {name: x.cuda() if torch.is_tensor(x) else x for name, x in options.items()}
+        got, of_got = flashlla.decode(q.cuda(), k.cuda(), v.cuda(), lengths, return_diagnostics=True, **there)
+        for a, b in ((got, want), (of_got.lse, of_want.lse), (of_got.probe, of_want.probe)):
+            assert max(error(a[i].cpu(), b[i]) for i in range(3)) < 1e-2
 
 
 def test_the_module_generates_what_its_forward_gives() -> None:

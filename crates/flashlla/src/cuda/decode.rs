@@ -21,10 +21,10 @@ const SPLITS_COST: [(f64, f64); 2] = [(8.0, 0.08), (4.0, 0.13)];
 const FOLDED_NUMBERS: usize = 16;
 /// Key tiles of a split: fewer are not worth a block, and a tensor core's sums lose digits over more.
 const SPLIT_TILES: std::ops::RangeInclusive<usize> = 2..=256;
-/// Rows are decoded in groups whose moments take no more than this, in bytes.
+/// Rows are decoded in groups whose moments, folded ones too, take no more than this, in bytes.
 const MOST_MOMENTS: usize = 256 << 20;
 /// Memory behind the moments that the folding kernel may read, in parts.
-const MORE_PARTS: usize = 16;
+const MORE_PARTS: usize = 8;
 /// Elements that keys and values are read in.
 const UNIT: usize = 8;
 
@@ -118,7 +118,7 @@ pub enum DecodeMethod {
     Moments,
     /// Up to 16 queries of a KV head together, by conjugate gradients whose passes are split over the keys, each a launch. On an H100
     /// for long contexts: for 8 query heads per KV head of dimension 64 (128) from some 130,000 (50,000) keys on, all sequences and KV heads counted, for 4
-    /// from 400,000 (150,000).
+    /// from 400,000 to 750,000 (150,000 to 320,000).
     Passes,
     /// The same in one launch, in which a tile block makes all passes for its queries: for many sequences and contexts of up to some 3000 keys.
     Together,
@@ -233,7 +233,7 @@ impl DecodePlan {
         let (whole, _) = find("lla_decode_whole", dtype, paged.then_some(page_size))?;
         let (tolerance, max_iters) = match a.solver() {
             Solver::Auto { tolerance, max_iters } => {
-                (tolerance.unwrap_or(DECODE_TOLERANCE), max_iters.unwrap_or(4 * width))
+                (tolerance.unwrap_or(DECODE_TOLERANCE), max_iters.unwrap_or(8 * width))
             }
             Solver::Cg { tolerance, max_iters } => (tolerance, max_iters),
             Solver::Direct => unreachable!("refused before"),
@@ -438,7 +438,8 @@ impl DecodePlan {
         let resident = 32 * context.multiprocessors();
         for first in (0..self.rows()).step_by(plan.rows) {
             let rows = plan.rows.min(self.rows() - first);
-            let fold_blocks = (resident / rows).clamp(8, 2 * self.width * self.width / 128 + 1);
+            // A turn of a block is W = 128 numbers of the two matrices, one more the means.
+            let fold_blocks = (resident / rows).min(2 * self.width * self.width / 128 + 1).max(8);
             let common = |options: i32| {
                 Arguments::new()
                     .i32s([options, int(first), int(a.kv_heads()), int(a.group()), int(a.queries())])

@@ -243,6 +243,59 @@ impl Checks {
         self.enter_errors("decode together, ridge 0.1 to 30", failed, measured);
     }
 
+    /// Contexts that are split over the keys, next to some that are short or empty: masks, pages, types, values of another dimension than
+    /// keys, given probes, and keys that are mostly zeros, of which a solve's residual may leave nothing.
+    pub fn split(&self) {
+        let (mut failed, mut measured) = (0, vec![]);
+        for (head_dim, value_dim) in [(64, 40), (128, 128), (72, 128)] {
+            let masks = [Mask::causal(), Mask::causal().window(1500), Mask::full()];
+            for (mask, page_size) in masks.into_iter().zip([None, Some(16), Some(64)]) {
+                for (probe, sparse) in [(false, false), (true, false), (false, true)] {
+                    let mut setup = Setup::new(&[2500, 700, 3, 0], head_dim);
+                    (setup.value_dim, setup.group, setup.queries) = (value_dim, 2, 3);
+                    (setup.mask, setup.ridge_per_query, setup.probe) = (mask.clone(), true, probe);
+                    let mut data = setup.data();
+                    if sparse {
+                        // A one in each row, here and there.
+                        for (tensor, step) in [(&mut data.q, 7), (&mut data.k, 13)] {
+                            for (row, x) in tensor.data_mut().chunks_exact_mut(head_dim).enumerate() {
+                                x.fill(0.0);
+                                x[row * step % head_dim] = 1.0;
+                            }
+                        }
+                    }
+                    let want = setup.decode::<f64>(&Cpu::default(), &data).out.into_vec();
+                    setup.page_size = page_size;
+                    let mut padded = data.clone();
+                    for tensor in [&mut padded.k, &mut padded.v] {
+                        *tensor = with_tokens(tensor, setup.max_len());
+                    }
+                    let found = [
+                        self.decode_as::<bf16>(&setup, &padded),
+                        self.decode_as::<f16>(&setup, &padded),
+                        self.decode_as::<f32>(&setup, &padded),
+                    ];
+                    for (dtype, found) in ["bf16", "f16", "f32"].into_iter().zip(found) {
+                        let found = found.unwrap_or_else(|problem| {
+                            failed += 1;
+                            println!("split: {dtype} {problem}\n  {setup:?}");
+                            vec![]
+                        });
+                        for got in found {
+                            let e = error(&got, &want);
+                            if too_far(e, 3e-3) {
+                                failed += 1;
+                                println!("split: {dtype} {e:.1e}, sparse {sparse}\n  {setup:?}");
+                            }
+                            measured.push([e, 0.0]);
+                        }
+                    }
+                }
+            }
+        }
+        self.enter_errors("decode, contexts that are split", failed, measured);
+    }
+
     /// A prompt and 200 tokens, one or several at a time, from a paged and a contiguous cache on the device, against one forward;
     /// forks, speculation that is taken back, lengths of zero, bad numbers.
     pub fn generate(&self) {

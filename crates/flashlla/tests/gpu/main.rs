@@ -508,6 +508,7 @@ fn part(name: &str) {
         "streams" => checks.streams(),
         "decode" => checks.decode(number),
         "shared" => checks.shared(),
+        "split" => checks.split(),
         "generate" => checks.generate(),
         _ => checks.random(number),
     }
@@ -524,10 +525,11 @@ fn main() {
     }
     let start = Instant::now();
     let cases = std::env::var("FLASHLLA_GPU_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(480usize);
-    let mut parts: Vec<String> =
-        ["first", "times", "empty", "finite", "ill", "small", "mean", "streams", "shared", "generate"]
-            .map(String::from)
-            .into();
+    let mut parts: Vec<String> = [
+        "first", "times", "empty", "finite", "ill", "small", "mean", "streams", "shared", "split", "generate",
+    ]
+    .map(String::from)
+    .into();
     parts.extend((0..Golden::all().len()).map(|number| format!("golden {number}")));
     parts.extend((0..cases.div_ceil(SHARE)).map(|number| format!("random {number}")));
     parts.extend((0..cases.div_ceil(4 * SHARE)).map(|number| format!("decode {number}")));
