@@ -203,24 +203,18 @@ pub mod decode {
         convert_tile(x)
     }
 
-    /// Square tile `which` (0: S, 1: T) of a part, as an array of its own.
-    pub unsafe fn square<const D: i32>(moments: *mut f32, part: i32, which: i32) -> Tensor<f32, { [D, D] }> {
-        let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
-        let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
-        let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
-        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
-        let view: Tensor<f32, { [D, D] }> = make_tensor_view(ptr, shape, strides, new_token_unordered());
-        view
-    }
-
-    /// Writes it.
+    /// Writes square tile `which` (0: S, 1: T) of a part, an array of its own.
     pub unsafe fn store_square<const D: i32>(
         moments: *mut f32,
         part: i32,
         which: i32,
         x: Tile<f32, { [D, D] }>,
     ) {
-        let view: Tensor<f32, { [D, D] }> = square::<D>(moments, part, which);
+        let at: i64 = wide(part) * wide(2i32 * D * D + 2i32 * D) + wide(which * D * D);
+        let ptr: PointerTile<*mut f32, { [] }> = slice_aligned::<f32>(moments, at);
+        let shape: Shape<{ [D, D] }> = Shape::<{ [D, D] }> { dims: &[] };
+        let strides: Array<{ [D, 1] }> = Array::<{ [D, 1] }> { dims: &[] };
+        let view: Tensor<f32, { [D, D] }> = make_tensor_view(ptr, shape, strides, new_token_unordered());
         let all: PartitionMut<f32, { [D, D] }> = view.partition_full_mut(const_shape![D, D]);
         let _stored: Token = store_inside::<f32, D, D>(&all, 0i32, x);
     }

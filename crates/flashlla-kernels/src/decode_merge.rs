@@ -100,8 +100,7 @@ pub mod decode_merge {
                     let scaled: Tile<f32, { [R, D] }> =
                         c * quotient::<{ [R, 1] }>(one, unit).broadcast(const_shape![R, D]);
                     let first: Tile<f16, { [R, D] }> = convert_tile(scaled);
-                    let of_first: Tile<f32, { [R, D] }> = convert_tile(first);
-                    let second: Tile<f16, { [R, D] }> = convert_tile(scaled - of_first);
+                    let second: Tile<f16, { [R, D] }> = low_part::<R, D>(scaled, first);
                     let at: i64 = wide(pid.0) * wide(4i32 * D * D) + wide(of_values * D * D + turn * W);
                     let first: Tile<f16, { [W] }> = first.reshape(const_shape![W]);
                     let second: Tile<f16, { [W] }> = second.reshape(const_shape![W]);
@@ -327,8 +326,7 @@ pub mod decode_merge {
                 let scaled: Tile<f32, { [D, 8] }> =
                     x * quotient::<{ [1, 8] }>(one, size).broadcast(const_shape![D, 8]);
                 let x1: Tile<f16, { [D, 8] }> = convert_tile(scaled);
-                let of_x1: Tile<f32, { [D, 8] }> = convert_tile(x1);
-                let x2: Tile<f16, { [D, 8] }> = convert_tile(scaled - of_x1);
+                let x2: Tile<f16, { [D, 8] }> = low_part::<D, 8>(scaled, x1);
                 let zero: Tile<f32, { [D, 8] }> = constant(0.0f32, const_shape![D, 8]);
                 let along: Tile<f32, { [D, 8] }> = mma(second, x1, zero);
                 let along: Tile<f32, { [D, 8] }> = mma(first, x2, along);

@@ -155,8 +155,7 @@ pub mod decode_whole {
                     let scaled: Tile<f32, { [D, D] }> =
                         c * broadcast_scalar(1.0f32 / unit, const_shape![D, D]);
                     let first: Tile<f16, { [D, D] }> = convert_tile(scaled);
-                    let of_first: Tile<f32, { [D, D] }> = convert_tile(first);
-                    let second: Tile<f16, { [D, D] }> = convert_tile(scaled - of_first);
+                    let second: Tile<f16, { [D, D] }> = low_part::<D, D>(scaled, first);
                     let unit: Tile<f32, { [D, 8] }> = broadcast_scalar(unit, const_shape![D, 8]);
                     let (found, steps, rest): (Tile<f32, { [D, 8] }>, i32, f32) =
                         probe_of::<D>(first, second, unit, delta, lambda, tolerance2, max_iterations);

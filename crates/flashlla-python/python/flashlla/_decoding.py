@@ -58,8 +58,8 @@ def decode(
         bias: added to the logits, one number per token of the room: `[room]` or `[B, H or HQ, room]`. CPU only.
         probe: given in place of the solve, in the shape of `q`: "Parallax" attention.
         solver, tolerance, max_iters, precision: as for `attention`. On a GPU the matrix of each query is formed and solved to 1e-5
-            in float32. Where many queries of a bfloat16 or float16 cache share a KV head and there is enough to do, they are solved
-            together instead, to an expected relative error of the outputs of 5e-4; `precision="high"` rules that out.
+            as two float16 terms. Where many queries of a bfloat16 or float16 cache share a KV head and there is enough to do, they are
+            solved together instead, to an expected relative error of the outputs of 5e-4; `precision="high"` rules that out.
         layout: the axes of q, the caches, probe and the result: "bhnd", or "bnhd" (`[B, t, HQ, D]`, `[B, room, H, D]`,
             `[pages, page_size, H, D]`).
         max_length: a bound of `lengths`, which makes short sequences in a large room faster where `lengths` are on the GPU. Longer

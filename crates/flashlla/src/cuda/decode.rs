@@ -287,8 +287,9 @@ impl DecodePlan {
         let rows = self.rows().max(1);
         let most = longest.min(self.attention.keys());
         let tiles = key_tiles(most, self.window(), self.attention.queries(), self.tile);
+        let multiprocessors = self.context().multiprocessors();
         // As many splits as fill the GPU once.
-        let blocks = self.context().multiprocessors() * if self.width <= 64 { 2 } else { 1 };
+        let blocks = multiprocessors * if self.width <= 64 { 2 } else { 1 };
         let wanted = tiles.div_ceil((blocks / rows).max(1));
         let mut of_split =
             wanted.clamp(*SPLIT_TILES.start(), *SPLIT_TILES.end()).max(tiles.div_ceil(MOST_SPLITS));
@@ -306,7 +307,6 @@ impl DecodePlan {
         let (parts, merged) = if splits == 1 { (0, 0) } else { (at_once * splits + MORE_PARTS, at_once) };
         let mut places = Places::default();
         let places = &mut places;
-        let multiprocessors = self.context().multiprocessors();
         Schedule {
             shared: self.shared.as_ref().and_then(|shared| {
                 shared.schedule(&self.attention, most, self.window(), multiprocessors, places)

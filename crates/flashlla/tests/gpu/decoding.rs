@@ -46,9 +46,51 @@ fn too_far(error: f64, allowed: f64) -> bool {
     error.is_nan() || error > allowed
 }
 
+/// Outputs from a cache in host memory and from one on the device, or why there are none.
+type Found = Result<Vec<Vec<f64>>, String>;
+
+/// Keys and values with as many tokens as the caches have room for.
+fn with_room(data: &Data, setup: &Setup) -> Data {
+    let mut padded = data.clone();
+    for tensor in [&mut padded.k, &mut padded.v] {
+        *tensor = with_tokens(tensor, setup.max_len());
+    }
+    padded
+}
+
+/// Notes the errors of what was found with each type, and says which is no result or errs by more than 3e-3; how many do.
+fn far<const N: usize>(
+    what: &str,
+    setup: &Setup,
+    found: [(&str, Found); N],
+    want: &[f64],
+    measured: &mut Vec<[f64; 2]>,
+) -> usize {
+    let mut failed = 0;
+    for (dtype, found) in found {
+        match found {
+            Err(problem) => {
+                failed += 1;
+                println!("{what}: {dtype} {problem}\n  {setup:?}");
+            }
+            Ok(found) => {
+                for got in found {
+                    let e = error(&got, want);
+                    if too_far(e, 3e-3) {
+                        failed += 1;
+                        println!("{what}: {dtype} {e:.1e}\n  {setup:?}");
+                    }
+                    measured.push([e, 0.0]);
+                }
+            }
+        }
+    }
+    failed
+}
+
 impl Checks {
     /// The outputs from a cache in host memory, stored as they were given, and from one on the device.
-    fn decode_as<T: Element>(&self, setup: &Setup, data: &Data) -> Result<Vec<Vec<f64>>, String> {
+    fn decode_as<T: Element>(&self, setup: &Setup, data: &Data) -> Found {
         let attention = setup.attention();
         let mut found = vec![];
         let (q, k, v) = (cast::<T>(&data.q), cast::<T>(&data.k), cast::<T>(&data.v));
@@ -177,33 +219,22 @@ impl Checks {
                 let want = setup.decode::<f64>(&Cpu::default(), &data).out.into_vec();
                 for page_size in [None, Some(16), Some(64)] {
                     setup.page_size = page_size;
-                    let mut padded = data.clone();
-                    for tensor in [&mut padded.k, &mut padded.v] {
-                        *tensor = with_tokens(tensor, setup.max_len());
-                    }
+                    let padded = with_room(&data, &setup);
                     let layout = PoolLayout {
                         pages: sequences * page_size.map_or(1, |size| setup.max_len() / size),
                         page_size: page_size.unwrap_or(longest),
                         paged: page_size.is_some(),
                     };
                     let plan = self.gpu.decode_plan::<bf16>(&setup.attention(), layout).unwrap();
-                    let found =
-                        [self.decode_as::<bf16>(&setup, &padded), self.decode_as::<f16>(&setup, &padded)];
-                    for (dtype, found) in ["bf16", "f16"].into_iter().zip(found) {
-                        let found = found.unwrap_or_else(|problem| {
-                            failed += 1;
-                            println!("shared: {dtype} {problem}\n  {setup:?}");
-                            vec![]
-                        });
-                        for got in found {
-                            let e = error(&got, &want);
-                            if too_far(e, 3e-3) || plan.method(longest) != method {
-                                failed += 1;
-                                println!("shared: {dtype} {e:.1e} {:?}\n  {setup:?}", plan.method(longest));
-                            }
-                            measured.push([e, 0.0]);
-                        }
+                    if plan.method(longest) != method {
+                        failed += 1;
+                        println!("shared: {:?}\n  {setup:?}", plan.method(longest));
                     }
+                    let found = [
+                        ("bf16", self.decode_as::<bf16>(&setup, &padded)),
+                        ("f16", self.decode_as::<f16>(&setup, &padded)),
+                    ];
+                    failed += far("shared", &setup, found, &want, &mut measured);
                 }
                 setup.page_size = None;
                 if setup.mask.is_causal() {
@@ -266,30 +297,14 @@ impl Checks {
                     }
                     let want = setup.decode::<f64>(&Cpu::default(), &data).out.into_vec();
                     setup.page_size = page_size;
-                    let mut padded = data.clone();
-                    for tensor in [&mut padded.k, &mut padded.v] {
-                        *tensor = with_tokens(tensor, setup.max_len());
-                    }
+                    let padded = with_room(&data, &setup);
                     let found = [
-                        self.decode_as::<bf16>(&setup, &padded),
-                        self.decode_as::<f16>(&setup, &padded),
-                        self.decode_as::<f32>(&setup, &padded),
+                        ("bf16", self.decode_as::<bf16>(&setup, &padded)),
+                        ("f16", self.decode_as::<f16>(&setup, &padded)),
+                        ("f32", self.decode_as::<f32>(&setup, &padded)),
                     ];
-                    for (dtype, found) in ["bf16", "f16", "f32"].into_iter().zip(found) {
-                        let found = found.unwrap_or_else(|problem| {
-                            failed += 1;
-                            println!("split: {dtype} {problem}\n  {setup:?}");
-                            vec![]
-                        });
-                        for got in found {
-                            let e = error(&got, &want);
-                            if too_far(e, 3e-3) {
-                                failed += 1;
-                                println!("split: {dtype} {e:.1e}, sparse {sparse}\n  {setup:?}");
-                            }
-                            measured.push([e, 0.0]);
-                        }
-                    }
+                    let what = if sparse { "split, sparse" } else { "split" };
+                    failed += far(what, &setup, found, &want, &mut measured);
                 }
             }
         }
