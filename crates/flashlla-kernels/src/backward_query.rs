@@ -149,9 +149,8 @@ pub mod backward_query {
         let undo: Tile<f32, { [BM, 1] }> = constant(0.0078125f32, const_shape![BM, 1]);
         let sh: Tile<f32, { [BM, 1] }> = shift + boost;
         let mut acc: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
-        let mut total: Tile<f32, { [BM, 1] }> = zero;
-        let mut sums: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
-        let ones: Tile<f16, { [BN, 16] }> = ones::<BN>();
+        let mut sums: Tile<f32, { [BM, 8] }> = constant(0.0f32, const_shape![BM, 8]);
+        let ones: Tile<f16, { [BN, 8] }> = ones::<BN, 8>();
         for j in begin..end {
             let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
             let mut s: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
@@ -172,17 +171,10 @@ pub mod backward_query {
             // b's part of mean g.v, times the mean key, leaves the sum with the mean weight.
             let w: Tile<f32, { [BM, BN] }> = p * fma(b, beyond_b, e * a, rounding::NearestEven, ftz::Enabled);
             let wb: Tile<f16, { [BM, BN] }> = convert_tile(w);
-            if D == 64i32 {
-                sums = mma(wb, ones, sums);
-            } else {
-                total = total + added::<BM, BN>(wb);
-            }
+            sums = mma(wb, ones, sums);
             acc = mma(wb, kt, acc);
         }
-        if D == 64i32 {
-            total = summed::<BM>(sums);
-        }
-        let total: Tile<f32, { [BM, 1] }> = total * undo;
+        let total: Tile<f32, { [BM, 1] }> = summed::<BM, 8>(sums) * undo;
         let mean_weight: Tile<f32, { [BM, 1] }> = total + beyond * mean / eun;
         let mut terms: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
         // In the units of the sums that the key pass adds them to.

@@ -116,7 +116,7 @@ pub mod backward_solve {
         let sh: Tile<f32, { [BM, 1] }> = shift + boost;
         let mut acc: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let mut sums: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
-        let ones: Tile<f16, { [BN, 16] }> = ones::<BN>();
+        let ones: Tile<f16, { [BN, 16] }> = ones::<BN, 16>();
         for j in begin..end {
             let kt: Tile<f16, { [BN, D] }> = kp.load([kv0 + j, 0i32]);
             let mut s: Tile<f32, { [BM, BN] }> = scores::<BM, BN, D>(tq, kt);
@@ -135,7 +135,7 @@ pub mod backward_solve {
             acc = mma(wb, kt, acc);
         }
         let gun: Tile<f32, { [BM, 1] }> = broadcast_scalar(gu, const_shape![BM, 1]) * undo;
-        let mean: Tile<f32, { [BM, 1] }> = summed::<BM>(sums) * gun;
+        let mean: Tile<f32, { [BM, 1] }> = summed::<BM, 16>(sums) * gun;
         let kbar: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(key_mean, grid.0 * np, tile);
         let coef: Tile<f32, { [BM, 1] }> = gun * broadcast_scalar(ku, const_shape![BM, 1]);
         let cov: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), zero - mean, kbar);

@@ -173,9 +173,11 @@ pub mod forward {
         // Weights are raised so that fp16 keeps the small ones; raised weight times product stays below its limit.
         let eight: Tile<f32, { [BM, 1] }> = constant(8.0f32, const_shape![BM, 1]);
         let mut m_i: Tile<f32, { [BM, 1] }> = constant(-1.0e30f32, const_shape![BM, 1]);
-        let mut l_i: Tile<f32, { [BM, 1] }> = zero;
         let mut sum_p: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
-        let ones: Tile<f16, { [BN, 16] }> = ones::<BN>();
+        let ones: Tile<f16, { [BN, 16] }> = ones::<BN, 16>();
+        // 128 wide, products that sum weights cost more than they save. There each column of the key tiles has a sum of its own: a row's
+        // sum crosses threads and warps, with two barriers, and does so once.
+        let mut by_column: Tile<f32, { [BM, BN] }> = constant(0.0f32, const_shape![BM, BN]);
         let mut sum_k: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let mut sum_sk: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         for j in begin..end {
@@ -198,7 +200,8 @@ pub mod forward {
             if D == 64i32 {
                 sum_p = mma(pb, ones, sum_p * across::<BM, 16>(al));
             } else {
-                l_i = l_i * al + added::<BM, BN>(pb);
+                let pf: Tile<f32, { [BM, BN] }> = convert_tile(pb);
+                by_column = fma(by_column, across::<BM, BN>(al), pf, rounding::NearestEven, ftz::Enabled);
             }
             let mut sp: Tile<f32, { [BM, BN] }> = s;
             if BIAS == 1i32 {
@@ -209,9 +212,12 @@ pub mod forward {
             sum_sk = mma(spb, kt, sum_sk * across::<BM, D>(al));
             m_i = mn;
         }
-        if D == 64i32 {
-            l_i = summed::<BM>(sum_p);
-        }
+        let l_i: Tile<f32, { [BM, 1] }> = if D == 64i32 {
+            summed::<BM, 16>(sum_p)
+        } else {
+            let sums: Tile<f32, { [BM] }> = reduce_sum(by_column, 1i32);
+            sums.reshape(const_shape![BM, 1])
+        };
         let none: Tile<bool, { [BM, 1] }> = eq_tile(l_i, zero);
         let lse2: Tile<f32, { [BM, 1] }> = m_i + log2(l_i) - eight;
         let shift: Tile<f32, { [BM, 1] }> = select(none, zero, zero - lse2);

@@ -560,22 +560,22 @@ pub mod tiles {
         ge_tile(key, lo) & lt_tile(key, hi) & ne_tile(key, skip) & lt_tile(query, rows)
     }
 
-    /// What a product with weights, as fp16 has them, takes to sum them in each of 16 columns. The sum is that of what other products
-    /// with these weights see. It mostly costs less than adding them up: no conversion back, nothing crosses threads.
-    pub fn ones<const BN: i32>() -> Tile<f16, { [BN, 16] }> {
-        constant(f16::ONE, const_shape![BN, 16])
+    /// What a product with weights, as fp16 has them, takes to sum them in each of `C` columns (8 or more). The sum is that of what other
+    /// products with these weights see. It mostly costs less than adding them up: no conversion back, nothing crosses threads.
+    pub fn ones<const BN: i32, const C: i32>() -> Tile<f16, { [BN, C] }> {
+        constant(f16::ONE, const_shape![BN, C])
+    }
+
+    /// Sums per row, from such columns.
+    pub fn summed<const BM: i32, const C: i32>(columns: Tile<f32, { [BM, C] }>) -> Tile<f32, { [BM, 1] }> {
+        let sums: Tile<f32, { [BM] }> = reduce_max(columns, 1i32);
+        sums.reshape(const_shape![BM, 1])
     }
 
     /// The same sums added up.
     pub fn added<const BM: i32, const BN: i32>(weights: Tile<f16, { [BM, BN] }>) -> Tile<f32, { [BM, 1] }> {
         let weights: Tile<f32, { [BM, BN] }> = convert_tile(weights);
         let sums: Tile<f32, { [BM] }> = reduce_sum(weights, 1i32);
-        sums.reshape(const_shape![BM, 1])
-    }
-
-    /// Sums per row, from such columns.
-    pub fn summed<const BM: i32>(columns: Tile<f32, { [BM, 16] }>) -> Tile<f32, { [BM, 1] }> {
-        let sums: Tile<f32, { [BM] }> = reduce_max(columns, 1i32);
         sums.reshape(const_shape![BM, 1])
     }
 
