@@ -164,9 +164,42 @@ impl<'a, T: Element> View<'a, T> {
         close.then(|| unsafe { std::slice::from_raw_parts(first.as_ptr(), count * first.len()) })
     }
 
+    /// Rows `n..n + count`, when the elements of each follow each other.
+    pub(crate) fn run(&self, b: usize, h: usize, n: usize, count: usize) -> Option<Run<'a, T>> {
+        assert!(count > 0 && n + count <= self.shape[2]);
+        let first = self.row(b, h, n).as_slice()?;
+        Some(Run { first, step: self.strides[2], count })
+    }
+
     /// The address of element (0, 0, 0, 0), for engines that hand it to another device.
     pub fn as_ptr(&self) -> *const T {
         self.origin
+    }
+}
+
+/// Some rows of a [`View`] that follow each other, each contiguous.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run<'a, T> {
+    first: &'a [T],
+    step: isize,
+    count: usize,
+}
+
+impl<'a, T: Element> Run<'a, T> {
+    /// How many rows there are.
+    #[inline(always)]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    #[inline(always)]
+    pub fn row(&self, i: usize) -> &'a [T] {
+        assert!(i < self.count);
+        // SAFETY: `View::run` checked that so many rows are inside the view, whose rows are borrowed memory `step` apart.
+        unsafe {
+            let start = self.first.as_ptr().offset(i as isize * self.step);
+            std::slice::from_raw_parts(start, self.first.len())
+        }
     }
 }
 

@@ -257,7 +257,7 @@ pub fn rows<C: Real>(
     let solved = if given {
         Solved { iterations: vec![0; n], residual: vec![0.0; n], direct: 0 }
     } else {
-        let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver: attention.solver() };
+        let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver: attention.solver(), first: None };
         solve(arith, &mut Block { weights: &mut weights, tile }, &systems, &mut residual, &mut y)
     };
 

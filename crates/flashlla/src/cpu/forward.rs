@@ -124,7 +124,8 @@ pub fn forward<C: Real>(
         }
         None => {
             let ridge = ridges(attention, place);
-            let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver: attention.solver() };
+            let systems =
+                Systems { key_mean: &key_mean, ridge: &ridge, solver: attention.solver(), first: None };
             solve(&arith, &mut Block { weights: &mut weights, tile }, &systems, &mut residual, &mut x)
         }
     };

@@ -16,6 +16,8 @@ pub struct Systems<'a, C> {
     pub key_mean: &'a [C],
     pub ridge: &'a [C],
     pub solver: Solver,
+    /// Of a single row, a vector and what its matrix makes of it: conjugate gradients then begin with a step along it.
+    pub first: Option<[&'a [C]; 2]>,
 }
 
 /// The matrices `C + λI` of some rows, never formed: what a solver can ask of them.
@@ -35,6 +37,10 @@ pub trait Matrices<C: Real> {
     /// `Σ p_j k_j k_jᵀ` of the rows named, each `dim` rows of `width` of which entries `b ≥ a` of row `a` are filled; relative to
     /// unnormalised weights.
     fn second_moments(&mut self, arith: &Arith, rows: &[usize], matrices: &mut [C]);
+    /// How much longer an operation of [`Matrices::apply`] takes than one of [`Matrices::second_moments`].
+    fn slowness(&self) -> f64 {
+        1.0
+    }
     /// Whether [`Matrices::apply`] costs little beside [`Matrices::second_moments`]. If not, a direct solve does without where
     /// rounding hardly touches it.
     fn applies_cheaply(&self) -> bool;
@@ -237,7 +243,10 @@ pub fn solve<C: Real>(
             x[row * width..][..width].fill(C::NAN);
         }
     }
-    let mut run = Cg { norms: &norms, residual, x, solved: &mut solved };
+    let iterates = !matches!(systems.solver, Solver::Direct);
+    let start = systems.first.filter(|_| iterates && todo == [0]);
+    let start = start.and_then(|[d, image]| step_along(arith, d, image, residual, x));
+    let mut run = Cg { norms: &norms, residual, x, solved: &mut solved, start };
     let left = match systems.solver {
         Solver::Cg { tolerance, max_iters } => {
             run.conjugate_gradients(arith, matrices, systems, todo, tolerance, max_iters, false);
@@ -263,6 +272,29 @@ pub fn solve<C: Real>(
         }
     }
     solved
+}
+
+/// The step from 0 along `d`, of which the matrix makes `image`, if it takes most of the residual; the next direction, conjugate to it.
+fn step_along<C: Real>(
+    arith: &Arith,
+    d: &[C],
+    image: &[C],
+    residual: &mut [C],
+    x: &mut [C],
+) -> Option<Vec<C>> {
+    let (curvature, norm) = (arith.dot(d, image), arith.dot(residual, residual));
+    let length = arith.dot(d, residual) / curvature;
+    let mut left = residual.to_vec();
+    arith.combine(&mut left, C::ONE, -length, image);
+    // False where something is no number, or the vector says nothing.
+    let gains = curvature > C::ZERO && C::of_f64(4.0) * arith.dot(&left, &left) <= norm;
+    gains.then(|| {
+        residual.copy_from_slice(&left);
+        arith.combine(x, C::ZERO, length, d);
+        let back = arith.dot(&left, image) / curvature;
+        arith.combine(&mut left, C::ONE, -back, d);
+        left
+    })
 }
 
 /// Brings right-hand sides whose squares would leave the range of the arithmetic near 1, by powers of two; returns the factors
@@ -299,6 +331,8 @@ pub struct Cg<'a, C> {
     pub residual: &'a mut [C],
     pub x: &'a mut [C],
     pub solved: &'a mut Solved,
+    /// The first direction of the only row, where it is not the residual.
+    start: Option<Vec<C>>,
 }
 
 impl<C: Real> Cg<'_, C> {
@@ -320,12 +354,26 @@ impl<C: Real> Cg<'_, C> {
         // Search directions and their images, of the rows that are not done, close together.
         let mut d: Vec<C> =
             rows.iter().flat_map(|&row| &self.residual[row * width..][..width]).copied().collect();
-        let mut image = vec![C::ZERO; d.len()];
         let mut norm: Vec<C> = rows.iter().map(|&row| self.norms[row]).collect();
-        let mut step = 0;
+        let (mut step, mut enough_steps) = (0, 3);
+        if let Some(start) = self.start.take().filter(|_| rows == [0]) {
+            (step, enough_steps) = (1, 1);
+            norm[0] = arith.dot(&d, &d);
+            self.solved.iterations[0] = 1;
+            self.solved.residual[0] = relative(norm[0], self.norms[0]);
+            if norm[0] <= done * self.norms[0] {
+                return vec![];
+            }
+            d = start;
+        }
+        let mut image = vec![C::ZERO; d.len()];
         while !rows.is_empty() && step < max_iters {
-            if may_change && step >= 3 && self.is_direct_cheaper(keys, &rows, &norm, step, done, dim) {
-                break;
+            if may_change && step >= enough_steps {
+                let per_step = 4.0 * keys as f64 * dim as f64 * matrices.slowness();
+                if self.is_direct_cheaper(per_step, direct::flop(keys as f64, dim), &rows, &norm, step, done)
+                {
+                    break;
+                }
             }
             step += 1;
             matrices.apply(arith, systems, &rows, &d[..rows.len() * width], &mut image);
@@ -365,16 +413,13 @@ impl<C: Real> Cg<'_, C> {
     /// Whether going on, at the rate of convergence so far, takes longer than forming and factoring the matrices.
     fn is_direct_cheaper(
         &self,
-        keys: usize,
+        per_step: f64,
+        direct: f64,
         rows: &[usize],
         norm: &[C],
         step: usize,
         done: C,
-        dim: usize,
     ) -> bool {
-        let keys = keys as f64;
-        let per_step = 4.0 * keys * dim as f64;
-        let direct = direct::flop(keys, dim);
         let worst = rows.iter().zip(norm).map(|(&row, &norm)| {
             // Squared norms on both sides: rate^step = norm / norms, steps left = log(done norms / norm) / log(rate).
             let fallen = (norm / self.norms[row]).as_f64().ln() / step as f64;

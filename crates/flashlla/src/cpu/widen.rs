@@ -9,8 +9,37 @@ use pulp::Simd;
 pub trait Widen: Copy + 'static {
     /// `out = from − origin`, as long as the shortest of them.
     fn widen<S: Simd, C: Real>(simd: S, from: &[Self], origin: &[C], out: &mut [C]);
+    /// A register full of numbers of the type of arithmetic.
+    ///
+    /// # Safety
+    /// As many numbers as the register has must be readable from `from` on.
+    unsafe fn register<S: Simd, C: Real>(simd: S, from: *const Self) -> C::V<S>;
     /// Adds a row to those of its type, if there are such.
     fn push<'a>(_row: &'a [Self], _rows: &mut Rows<'a>) {}
+}
+
+/// [`Widen::register`], one number at a time.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn one_by_one<T: Copy, S: Simd, C: Real>(from: *const T, of: impl Fn(T) -> C) -> C::V<S> {
+    const MOST_LANES: usize = 16;
+    assert!(C::lanes::<S>() <= MOST_LANES);
+    let mut numbers = [C::ZERO; MOST_LANES];
+    // SAFETY: the caller's promise; and the array holds a register's numbers, as just checked.
+    unsafe {
+        for (i, number) in numbers.iter_mut().enumerate().take(C::lanes::<S>()) {
+            *number = of(*from.add(i));
+        }
+        C::load::<S>(numbers.as_ptr())
+    }
+}
+
+/// Whether the type of arithmetic is `f32`, in registers of so many of them.
+#[inline(always)]
+fn is_f32<S: Simd, C: Real>(lanes: usize) -> bool {
+    size_of::<C>() == size_of::<f32>() && S::F32_LANES == lanes
 }
 
 /// Rows where they lie, of the types that are worth it.
@@ -40,12 +69,30 @@ impl Widen for f64 {
     fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
         each(from, origin, out, |x| x.to_real());
     }
+
+    #[inline(always)]
+    unsafe fn register<S: Simd, C: Real>(_: S, from: *const Self) -> C::V<S> {
+        // SAFETY: the caller's promise.
+        unsafe { one_by_one::<_, S, C>(from, |x| x.to_real()) }
+    }
 }
 
 impl Widen for f32 {
     #[inline(always)]
     fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
         each(from, origin, out, |x| x.to_real());
+    }
+
+    #[inline(always)]
+    unsafe fn register<S: Simd, C: Real>(_: S, from: *const Self) -> C::V<S> {
+        // SAFETY: the caller's promise; a `Real` of four bytes is `f32`.
+        unsafe {
+            if size_of::<C>() == size_of::<f32>() {
+                C::load::<S>(from.cast())
+            } else {
+                one_by_one::<_, S, C>(from, |x| x.to_real())
+            }
+        }
     }
 
     fn push<'a>(row: &'a [Self], rows: &mut Rows<'a>) {
@@ -57,6 +104,30 @@ impl Widen for bf16 {
     #[inline(always)]
     fn widen<S: Simd, C: Real>(_: S, from: &[Self], origin: &[C], out: &mut [C]) {
         each(from, origin, out, |x| C::of_f32(f32::from_bits(u32::from(x.to_bits()) << 16)));
+    }
+
+    #[inline(always)]
+    unsafe fn register<S: Simd, C: Real>(_: S, from: *const Self) -> C::V<S> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{
+                _mm_loadu_si128, _mm256_cvtepu16_epi32, _mm256_loadu_si256, _mm256_slli_epi32,
+                _mm512_cvtepu16_epi32, _mm512_slli_epi32,
+            };
+            // SAFETY: a register's numbers are there, and so are the instructions: see `f16`. Registers are plain values.
+            unsafe {
+                if is_f32::<S, C>(16) {
+                    let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                    return std::mem::transmute_copy(&_mm512_slli_epi32::<16>(wide));
+                }
+                if is_f32::<S, C>(8) {
+                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                    return std::mem::transmute_copy(&_mm256_slli_epi32::<16>(wide));
+                }
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { one_by_one::<_, S, C>(from, |x| C::of_f32(f32::from_bits(u32::from(x.to_bits()) << 16))) }
     }
 
     fn push<'a>(row: &'a [Self], rows: &mut Rows<'a>) {
@@ -112,6 +183,25 @@ impl Widen for f16 {
         let len = from.len().min(origin.len()).min(out.len());
         each(&from[done..len], &origin[done..len], &mut out[done..len], |x| x.to_real());
     }
+
+    #[inline(always)]
+    unsafe fn register<S: Simd, C: Real>(_: S, from: *const Self) -> C::V<S> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_loadu_si256, _mm512_cvtph_ps};
+            // SAFETY: a register's numbers are there, and so are the instructions, as above. Registers are plain values.
+            unsafe {
+                if is_f32::<S, C>(16) {
+                    return std::mem::transmute_copy(&_mm512_cvtph_ps(_mm256_loadu_si256(from.cast())));
+                }
+                if is_f32::<S, C>(8) {
+                    return std::mem::transmute_copy(&_mm256_cvtph_ps(_mm_loadu_si128(from.cast())));
+                }
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { one_by_one::<_, S, C>(from, |x| x.to_real()) }
+    }
 }
 
 #[cfg(test)]
@@ -127,7 +217,24 @@ mod tests {
         }
     }
 
+    struct Registers<'a, T, C>(&'a [T], &'a mut [C]);
+    impl<T: Element, C: Real> pulp::WithSimd for Registers<'_, T, C> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let lanes = C::lanes::<S>();
+            for (from, out) in self.0.chunks_exact(lanes).zip(self.1.chunks_exact_mut(lanes)) {
+                // SAFETY: a register's numbers each.
+                unsafe { C::store::<S>(out.as_mut_ptr(), T::register::<S, C>(simd, from.as_ptr())) };
+            }
+        }
+    }
+
     fn check<T: Element, C: Real>(numbers: &[T]) {
+        let same = |x: T, got: C| {
+            let want: f64 = x.to_real();
+            got.as_f64() == want || got.as_f64().is_nan() && want.is_nan()
+        };
         for arch in crate::cpu::tests::architectures() {
             // Every place of a register, and what is left after the last.
             for shift in [0, 1, 15] {
@@ -135,9 +242,13 @@ mod tests {
                 let mut out = vec![C::ONE; numbers.len()];
                 arch.dispatch(Read(numbers, &vec![C::ZERO; numbers.len()], &mut out));
                 for (&x, &got) in numbers.iter().zip(&out) {
-                    let want: f64 = x.to_real();
-                    let same = got.as_f64() == want || got.as_f64().is_nan() && want.is_nan();
-                    assert!(same, "{x:?} read as {got:?} with {arch:?}");
+                    assert!(same(x, got), "{x:?} read as {got:?} with {arch:?}");
+                }
+                out.fill(C::ONE);
+                let whole = numbers.len() - numbers.len() % 16;
+                arch.dispatch(Registers(&numbers[..whole], &mut out));
+                for (&x, &got) in numbers[..whole].iter().zip(&out) {
+                    assert!(same(x, got), "{x:?} in a register is {got:?} with {arch:?}");
                 }
             }
         }

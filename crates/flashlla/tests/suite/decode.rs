@@ -338,14 +338,18 @@ fn splits_are_merged() {
     }
 }
 
-/// Contexts and head dimensions for which processors with a matrix unit form moments there, with keys far from zero and tokens that are
-/// hidden, from pages.
+/// Contexts and head dimensions for which processors with a matrix unit form moments there and others look at tokens where they lie, with
+/// keys far from zero and tokens that are hidden, from pages.
 #[test]
 fn one_query_against_many_keys() {
-    for (head_dim, value_dim) in [(64, 64), (32, 96), (40, 17)] {
-        for (mean, ridge) in [(0.0, 0.3), (10.0, 10.0)] {
+    let steps = Solver::Cg { tolerance: 1e-12, max_iters: 500 };
+    for (head_dim, value_dim) in [(64, 64), (32, 96), (40, 17), (104, 72)] {
+        for (mean, ridge, solver) in
+            [(0.0, 0.3, Solver::default()), (10.0, 10.0, Solver::default()), (3.0, 1.0, steps)]
+        {
             for page_size in [None, Some(32)] {
                 let setup = Setup {
+                    solver,
                     kv_heads: 2,
                     value_dim,
                     ridge,
@@ -496,12 +500,35 @@ fn rayon_pool(threads: usize) -> rayon::ThreadPool {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
 
+/// Numbers of a token that lie apart are read one by one, and give what others give.
+#[test]
+fn a_cache_whose_numbers_lie_apart() {
+    for dim in [5, 64] {
+        let setup = Setup::new(&[700], dim);
+        let data = setup.data();
+        let attention = setup.attention();
+        let [q, k, v] = [&data.q, &data.k, &data.v].map(cast::<f32>);
+        let apart = |x: &Tensor<f32>| -> Vec<f32> { x.data().iter().flat_map(|&x| [x, f32::NAN]).collect() };
+        let (k_apart, v_apart) = (apart(&k), apart(&v));
+        let view = |data| View::strided(data, 0, [1, 1, 700, dim], [0, 0, 2 * dim as isize, 2]).unwrap();
+        let want = setup.reference(&data);
+        for (k, v) in
+            [(view(&k_apart), view(&v_apart)), (k.view(), view(&v_apart)), (view(&k_apart), v.view())]
+        {
+            let cache = CacheView::contiguous(k, v, &[700]).unwrap();
+            let got = Cpu::new().decode(&attention.decoding(q.view(), &cache).unwrap()).unwrap();
+            assert_decoded("apart", &Decoded::new(&got), &want, Tolerance::promised(Dtype::F32, false), 1.0);
+        }
+    }
+}
+
 /// What is not finite makes the outputs of the queries that see it NaN, and no others.
 #[test]
 fn bad_numbers_stay_with_those_that_see_them() {
+    let steps = Solver::Cg { tolerance: 1e-12, max_iters: 500 };
     for poison in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         for (solver, group, queries) in
-            [(Solver::default(), 1, 1), (Solver::Direct, 2, 3), (Solver::default(), 2, 4)]
+            [(Solver::default(), 1, 1), (Solver::Direct, 2, 3), (Solver::default(), 2, 4), (steps, 1, 1)]
         {
             let window = 100;
             let setup = Setup {

@@ -1,9 +1,11 @@
 //! What happens to a tile of keys or values: read from wherever it lies, products with a few query rows, weights.
 
+use super::rows::{FEW, RowDots, RowSums, Sum, by_few};
 use crate::cache::{CacheView, Paging};
 use crate::cpu::TILE;
 use crate::cpu::simd::SimdReal;
 use crate::cpu::widen::Rows;
+use crate::view::Run;
 use crate::{Element, Real, View};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
@@ -14,6 +16,27 @@ pub trait ReadTile<C>: Sync {
     /// Reads tokens from `first` on, as many as `rows` has rows of `width`, less `origin`. What lies beyond a token's
     /// dimensions is left alone.
     fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]);
+    /// The products of up to [`TILE`] tokens, less `origin`, with `d`; whether there were any, which is so where a token's numbers lie one
+    /// after the other.
+    fn dots(
+        &self,
+        arch: pulp::Arch,
+        place: [usize; 2],
+        tokens: Range<usize>,
+        d: &[C],
+        origin: &[C],
+        out: &mut [C],
+    ) -> bool;
+    /// Adds so many tokens, less `origin`, times their weights, to one sum or two with weights of their own, under the same condition.
+    fn combine<'b>(
+        &self,
+        arch: pulp::Arch,
+        place: [usize; 2],
+        tokens: Range<usize>,
+        origin: &[C],
+        sum: Sum<'b, C>,
+        other: Option<Sum<'b, C>>,
+    ) -> bool;
     /// Asks for tokens that will be read soon.
     fn prefetch(&self, place: [usize; 2], tokens: Range<usize>);
     /// Adds the pieces of memory that tokens lie in: where each begins, and its bytes. Nothing where a token's numbers do not lie one
@@ -34,11 +57,54 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
         arch.dispatch(Read { pool: self, place, first, rows, origin });
     }
 
+    fn dots(
+        &self,
+        arch: pulp::Arch,
+        place: [usize; 2],
+        tokens: Range<usize>,
+        d: &[C],
+        origin: &[C],
+        out: &mut [C],
+    ) -> bool {
+        by_few(tokens).all(|(at, tokens)| {
+            let out = &mut out[at.start..at.start + tokens.len()];
+            match self.few(place, tokens) {
+                Few::Run(rows) => arch.dispatch(RowDots { rows, d, origin, out }),
+                Few::Apart(rows, count) => arch.dispatch(RowDots { rows: &rows[..count], d, origin, out }),
+                Few::No => return false,
+            }
+            true
+        })
+    }
+
+    fn combine<'b>(
+        &self,
+        arch: pulp::Arch,
+        place: [usize; 2],
+        tokens: Range<usize>,
+        origin: &[C],
+        mut sum: Sum<'b, C>,
+        mut other: Option<Sum<'b, C>>,
+    ) -> bool {
+        by_few(tokens).all(|(at, tokens)| {
+            let here = at.start..at.start + tokens.len();
+            let (rows, one) = (self.few(place, tokens), sum.part(here.clone()));
+            match &mut other {
+                None => add(arch, &rows, origin, [one]),
+                Some(other) => add(arch, &rows, origin, [one, other.part(here)]),
+            }
+        })
+    }
+
     fn prefetch(&self, [sequence, head]: [usize; 2], tokens: Range<usize>) {
-        for_each_place(self.cache.paging(), sequence, tokens, |_, page, slot| {
-            if let Some(row) = self.view.row(page, head, slot).as_slice() {
-                // Lines of 64 bytes come in pairs.
-                row.chunks(128 / size_of::<T>()).for_each(|lines| prefetch(lines.as_ptr()));
+        // Lines of 64 bytes come in pairs.
+        let ask = |piece: &[T]| piece.chunks(128 / size_of::<T>()).for_each(|lines| prefetch(lines.as_ptr()));
+        for_each_page(self.cache.paging(), sequence, tokens, |_, page, slot, here| {
+            match self.view.rows(page, head, slot, here) {
+                Some(rows) => ask(rows),
+                None => (slot..slot + here)
+                    .filter_map(|slot| self.view.row(page, head, slot).as_slice())
+                    .for_each(ask),
             }
         });
     }
@@ -72,6 +138,52 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
             }
         });
     }
+}
+
+/// A few tokens where they lie.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and it is not moved")]
+enum Few<'a, T> {
+    /// In one page.
+    Run(Run<'a, T>),
+    /// In several.
+    Apart([&'a [T]; FEW], usize),
+    /// The numbers of each are apart.
+    No,
+}
+
+impl<'a, T: Element> Pool<'a, T> {
+    #[inline(always)]
+    fn few(&self, [sequence, head]: [usize; 2], tokens: Range<usize>) -> Few<'a, T> {
+        let (paging, count) = (self.cache.paging(), tokens.len());
+        let (page, slot) = paging.place(sequence, tokens.start);
+        if paging.page_size() - slot >= count {
+            return self.view.run(page, head, slot, count).map_or(Few::No, Few::Run);
+        }
+        let (mut rows, mut whole) = ([&[][..]; FEW], true);
+        for_each_page(paging, sequence, tokens, |done, page, slot, here| {
+            match self.view.run(page, head, slot, here) {
+                Some(run) => (0..here).for_each(|i| rows[done + i] = run.row(i)),
+                None => whole = false,
+            }
+        });
+        if whole { Few::Apart(rows, count) } else { Few::No }
+    }
+}
+
+/// Sums over a few tokens; whether there were any.
+#[inline(always)]
+fn add<T: Element, C: Real, const W: usize>(
+    arch: pulp::Arch,
+    rows: &Few<T>,
+    origin: &[C],
+    sums: [Sum<C>; W],
+) -> bool {
+    match rows {
+        Few::Run(rows) => arch.dispatch(RowSums { rows: *rows, origin, sums }),
+        Few::Apart(rows, count) => arch.dispatch(RowSums { rows: &rows[..*count], origin, sums }),
+        Few::No => return false,
+    }
+    true
 }
 
 /// Calls `f` with every page that holds some of the tokens: the number of the first of those, the page, its slot, and how many.
@@ -130,8 +242,9 @@ impl<T: Element, C: Real> WithSimd for Read<'_, T, C> {
     }
 }
 
+/// Asks for the memory there.
 #[inline(always)]
-fn prefetch<T>(place: *const T) {
+pub fn prefetch<T>(place: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch of any address is no access.
     unsafe {
@@ -177,7 +290,7 @@ impl<T: SimdReal> WithSimd for Dots<'_, T> {
     }
 }
 
-/// `t = w (sign (t − shift) + one)`, 0 where `w` is 0; returns the sum.
+/// `t = w (sign (t − shift) + one)` for a tile's columns or a part of them, 0 where `w` is 0; returns the sum.
 pub struct Weigh<'a, T> {
     /// A row of a tile: products, which become weights.
     pub t: &'a mut [T],
@@ -193,12 +306,12 @@ impl<T: Real> WithSimd for Weigh<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> T {
         let Self { t, w, shift, sign, one } = self;
-        assert!(t.len() >= TILE && w.len() >= TILE);
+        assert!(w.len() >= t.len() && t.len().is_multiple_of(T::lanes::<S>()));
         let [shift, sign, one] = [shift, sign, one].map(|x| T::splat(simd, x));
         let mut sum = T::splat(simd, T::ZERO);
-        // SAFETY: a row of a tile has TILE columns, as just checked.
+        // SAFETY: registers at multiples of their length below that of both, as just checked.
         unsafe {
-            for j in (0..TILE).step_by(T::lanes::<S>()) {
+            for j in (0..t.len()).step_by(T::lanes::<S>()) {
                 let w = T::load::<S>(w.as_ptr().add(j));
                 let t_j = T::v_sub(simd, T::load::<S>(t.as_ptr().add(j)), shift);
                 let a = T::v_mul(simd, w, T::fma(simd, sign, t_j, one));

@@ -8,12 +8,16 @@
 //!    not, and each step is one more pass over the keys, 4 D flop per key and row.
 //! 3. One pass over keys and values gives the outputs.
 //!
+//! A row that is alone reads tokens in registers where they lie (`rows.rs`), and its first pass makes the first step of conjugate gradients too: that step is along
+//! the query, and `Σ p (k·q) k` needs no pass of its own.
+//!
 //! Summing `Σ w_j v_j k_jᵀ` as well would save the keys of the last pass, but costs twice the arithmetic of the moments; the keys
 //! cost 4 D flop per row, and are often still in a cache. A matrix unit makes that arithmetic cheap: where there is one, one query row is
 //! done in one pass (`amx/`).
 
 mod amx;
 mod kernels;
+mod rows;
 mod stream;
 mod weighted;
 
@@ -81,15 +85,18 @@ fn splits(rows: &[Row], heads: usize) -> Vec<Range<usize>> {
 
 /// Whether the first pass is to sum second moments.
 ///
-/// Measured once on two AVX-512 cores that other work shared, `bf16` and λ = 1, contexts of 8,192: for one row per KV head they take 0.94 (D = 64) and 0.66 times
-/// (D = 128) what conjugate gradients to 1e-6 take, for two rows 1.08 and 1.2 times, for four 1.4 and 1.5 times. With a matrix unit, contexts of 32,768
-/// and one row: 0.7 times (D = 64, `bf16`), 0.6 times (`f32`) and 0.7 times (D = 128, `bf16`). Few keys do not pay
-/// for a factorisation: that limit is an estimate from operation counts, not measured.
-fn sums_moments(a: &Attention, rows: usize, keys: usize) -> bool {
+/// For one row per KV head and `f32` arithmetic it is if a matrix unit makes them cheap (they then take 0.6 to 0.7 times what conjugate gradients to 1e-6 take
+/// that put tiles of keys down; contexts of 32,768, λ = 1), or the dimension does (40: 0.6 times). Otherwise conjugate gradients that read keys where they lie
+/// come first. Measured on two AVX-512 cores at 32,768, `bf16` and `f32`, they take 0.75 and 0.84 (D = 64) and 0.5 and 0.8 times (D = 128) what moments
+/// take at λ = 10, 0.95 and 0.93, 0.6 and 0.97 times at λ = 1. How many steps they would take is known after the first pass, which makes one, and where that
+/// is slower moments are summed in a second pass (`slowness` in `weighted.rs`). Few keys do not pay for a factorisation: that limit is an
+/// estimate from operation counts, not measured.
+fn sums_moments<C: FirstPass>(run: Run, a: &Attention, rows: usize, keys: usize) -> bool {
+    let cheap = C::has_unit(run) || size_of::<C>() == size_of::<f64>() || a.head_dim() <= 48;
     match a.solver() {
         Solver::Direct => true,
         Solver::Cg { .. } => false,
-        Solver::Auto { .. } => rows == 1 && a.head_dim() <= 128 && keys >= 8 * a.head_dim(),
+        Solver::Auto { .. } => cheap && rows == 1 && a.head_dim() <= 128 && keys >= 8 * a.head_dim(),
     }
 }
 
@@ -205,7 +212,7 @@ fn one<C: FirstPass>(run: Run, inputs: &Inputs<C>, task: &Task, sinks: &Sinks<C>
         }
     }
 
-    let moments = inputs.probe.is_none() && sums_moments(a, n, stream.keys());
+    let moments = inputs.probe.is_none() && sums_moments::<C>(run, a, n, stream.keys());
     let mut weighted = stream.first_pass(&arith, moments);
     residual.iter_mut().zip(&weighted.key_mean).for_each(|(delta, &mean)| *delta += mean);
 
@@ -221,7 +228,9 @@ fn one<C: FirstPass>(run: Run, inputs: &Inputs<C>, task: &Task, sinks: &Sinks<C>
             let ridge: Vec<C> = task.rows.iter().map(|row| ridge(a, sequence, row.head, row.query)).collect();
             let key_mean = weighted.key_mean.clone();
             let solver = if moments { Solver::Direct } else { a.solver() };
-            let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver };
+            let image = weighted.image_of_query(&arith, &ridge);
+            let first = image.as_ref().map(|[query, image]| [&query[..], &image[..]]);
+            let systems = Systems { key_mean: &key_mean, ridge: &ridge, solver, first };
             solve(&arith, &mut weighted, &systems, &mut residual, &mut x)
         }
     };

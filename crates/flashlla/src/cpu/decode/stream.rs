@@ -5,6 +5,7 @@
 
 use super::amx::{FirstPass, Sums};
 use super::kernels::{Dots, ReadTile, RootScaled};
+use super::rows::Sum;
 use super::weighted::Weighted;
 use crate::cpu::block::{AddProduct, Arith};
 use crate::cpu::product::{Left, Right};
@@ -94,6 +95,8 @@ pub struct Found<C> {
     pub reference: Vec<C>,
     pub sum: Vec<C>,
     pub mean: Vec<C>,
+    /// `Σ w (scale q·k) k` of one row whose scores have no bias, keys less the reference key; empty where it was not summed.
+    pub image: Vec<C>,
     /// Upper halves, `dim` rows of `width` each; empty unless wanted.
     pub moments: Vec<C>,
     /// `Σ w k vᵀ`, `dim` rows of the values' padded width, and `Σ w v`. Empty where values were not looked at.
@@ -116,6 +119,7 @@ impl<C: Real> Found<C> {
             reference: vec![C::NEG_INFINITY; rows],
             sum: vec![C::ZERO; rows],
             mean: vec![C::ZERO; rows * width],
+            image: vec![],
             moments: vec![C::ZERO; moments],
             cross: vec![],
             value_sum: vec![],
@@ -128,7 +132,9 @@ impl<C: Real> Found<C> {
 
     /// Whether keys and biases were: something not finite in a key spoils every row's sums, even that of rows that do not see it.
     fn is_finite(&self) -> bool {
-        [&self.sum, &self.mean, &self.moments].iter().all(|values| values.iter().all(|x| x.is_finite()))
+        [&self.sum, &self.mean, &self.image, &self.moments]
+            .iter()
+            .all(|values| values.iter().all(|x| x.is_finite()))
     }
 }
 
@@ -281,6 +287,7 @@ impl<'a, C: Real> Stream<'a, C> {
         let mut found = Found { careful, ..Found::new(n, split.len().div_ceil(TILE), width, room) };
         let (mut keys, mut scaled) = (vec![C::ZERO; TILE * width], vec![C::ZERO; TILE * width]);
         let mut weights = vec![C::ZERO; n * TILE];
+        let mut weighted_scores = [C::ZERO; TILE];
         for (i, first, count) in Self::tiles(split) {
             if !self.run.goes_on() {
                 break;
@@ -288,9 +295,26 @@ impl<'a, C: Real> Stream<'a, C> {
             let next = first + count..split.end.min(first + count + TILE);
             let steps = 2 + if moments { n * dim.div_ceil(MOMENT_ROWS) } else { 0 };
             let mut ahead = Ahead::new(self, self.inputs.k, next, steps);
-            let bad_keys = self.read(self.inputs.k, &self.origin, (first, count), &mut keys, careful);
-            ahead.some();
-            arch.dispatch(Dots { rows: &self.q, tile: &keys, width, products: &mut weights });
+            // One row's products are made where the keys lie: to put them down first would take longer than to look at them twice.
+            let in_place = n == 1 && !moments && !careful;
+            let tokens = first..first + count;
+            let in_place = in_place && {
+                weights[count..].fill(C::ZERO);
+                self.inputs.k.dots(
+                    arch,
+                    self.place,
+                    tokens.clone(),
+                    &self.q,
+                    &self.origin,
+                    &mut weights[..count],
+                )
+            };
+            let mut bad_keys = vec![];
+            if !in_place {
+                bad_keys = self.read(self.inputs.k, &self.origin, (first, count), &mut keys, careful);
+                ahead.some();
+                arch.dispatch(Dots { rows: &self.q, tile: &keys, width, products: &mut weights });
+            }
             arith.count([n, TILE, dim]);
             self.add_bias((first, count), &mut weights, &mut found.bad);
             self.hide((first, count), &mut weights);
@@ -306,6 +330,7 @@ impl<'a, C: Real> Stream<'a, C> {
                     *reference = largest;
                     found.sum[row] *= factor;
                     found.mean[row * width..][..width].iter_mut().for_each(|x| *x *= factor);
+                    found.image.iter_mut().for_each(|x| *x *= factor);
                     if moments {
                         let at = row * dim * width..(row + 1) * dim * width;
                         found.moments[at].iter_mut().for_each(|x| *x *= factor);
@@ -314,6 +339,20 @@ impl<'a, C: Real> Stream<'a, C> {
                 found.sum[row] += self.weigh(arch, scores, *reference);
             }
             ahead.some();
+            if in_place {
+                found.image.resize(if self.inputs.bias.is_none() { width } else { 0 }, C::ZERO);
+                let scores = &found.scores[i * n * TILE..];
+                for ((product, &w), &score) in weighted_scores.iter_mut().zip(&weights).zip(scores) {
+                    *product = if w > C::ZERO { w * score } else { C::ZERO };
+                }
+                let mean = Sum { weights: &weights[..count], out: &mut found.mean };
+                let image = Sum { weights: &weighted_scores[..count], out: &mut found.image };
+                let image = (!image.out.is_empty()).then_some(image);
+                arith.count([1 + usize::from(image.is_some()), width, TILE]);
+                self.inputs.k.combine(arch, self.place, tokens, &self.origin, mean, image);
+                ahead.some();
+                continue;
+            }
             let (left, right) =
                 (Left { data: &weights, row: TILE, col: 1 }, Right { data: &keys, row: width });
             arith.add_product([n, width, TILE], left, right, &mut found.mean);
@@ -372,6 +411,7 @@ impl<'a, C: Real> Stream<'a, C> {
             weighed: false,
             inv_sum: vec![C::ZERO; n],
             key_mean: vec![C::ZERO; n * width],
+            image: vec![],
             moments: vec![],
             coarse: found.iter().any(|(one, _)| !one.cross.is_empty()),
             squares: C::ZERO,
@@ -388,6 +428,7 @@ impl<'a, C: Real> Stream<'a, C> {
             [(one, _), ..] => [one.moments.len() / n, 0, 0],
             [] => [0; 3],
         };
+        let image_size = if found.iter().all(|(one, _)| !one.image.is_empty()) { width } else { 0 };
         // The first split's sums become those of all.
         for (i, (found, _)) in found.iter_mut().enumerate() {
             for row in 0..n {
@@ -399,6 +440,7 @@ impl<'a, C: Real> Stream<'a, C> {
                 all.squares += factor * factor * found.squares;
                 let pairs = [
                     (&mut all.key_mean, &mut found.mean, width),
+                    (&mut all.image, &mut found.image, image_size),
                     (&mut all.moments, &mut found.moments, size),
                     (&mut all.cross, &mut found.cross, cross_size),
                     (&mut all.value_mean, &mut found.value_sum, value_size),
@@ -415,6 +457,9 @@ impl<'a, C: Real> Stream<'a, C> {
             if i == 0 {
                 all.key_mean = std::mem::take(&mut found.mean);
                 all.moments = std::mem::take(&mut found.moments);
+                if image_size > 0 {
+                    all.image = std::mem::take(&mut found.image);
+                }
                 if looked_at_values {
                     all.cross = std::mem::take(&mut found.cross);
                     all.value_mean = std::mem::take(&mut found.value_sum);
@@ -430,6 +475,7 @@ impl<'a, C: Real> Stream<'a, C> {
             mean.iter_mut().for_each(|x| *x *= inv);
         }
         all.value_mean.iter_mut().for_each(|x| *x *= all.inv_sum[0]);
+        all.image.iter_mut().for_each(|x| *x *= all.inv_sum[0]);
         all.weights = found.into_iter().map(|(found, _)| found.scores).collect();
         all
     }

@@ -23,6 +23,7 @@ pub use tiles::Unit;
 
 use super::stream::{Found, Stream};
 use crate::Real;
+use crate::cpu::Run;
 use crate::cpu::block::Arith;
 use std::ops::Range;
 
@@ -57,6 +58,11 @@ pub trait FirstPass: Real {
 
     /// Lays out what it found as others do.
     fn settle(stream: &Stream<Self>, sums: Sums<Self>);
+
+    /// Whether there is that way.
+    fn has_unit(run: Run) -> bool {
+        size_of::<Self>() == size_of::<f32>() && run.unit.is_some()
+    }
 }
 
 impl FirstPass for f64 {
