@@ -243,7 +243,11 @@ pub fn solve<C: Real>(
             x[row * width..][..width].fill(C::NAN);
         }
     }
-    let iterates = !matches!(systems.solver, Solver::Direct);
+    let iterates = match systems.solver {
+        Solver::Cg { max_iters, .. } => max_iters > 0,
+        Solver::Auto { max_iters, .. } => max_iters != Some(0),
+        Solver::Direct => false,
+    };
     let start = systems.first.filter(|_| iterates && todo == [0]);
     let start = start.and_then(|[d, image]| step_along(arith, d, image, residual, x));
     let mut run = Cg { norms: &norms, residual, x, solved: &mut solved, start };
