@@ -82,11 +82,16 @@ proptest! {
             let first = head[..d].to_vec();
             head.chunks_mut(d).for_each(|row| row.copy_from_slice(&first));
         }
+        let longest = |rows: &Tensor<f64>| {
+            rows.data().chunks(d).map(|row| row.iter().map(|x| x * x).sum::<f64>().sqrt()).fold(0.0, f64::max)
+        };
+        let (key, query) = (longest(&data.k), longest(&data.q));
+        let reach = key * (key + query);
         let want = softmax_mean(&attention, &data, &data.v);
         for (engine, dtype) in engine_types() {
             let got = run_as(dtype, engine, &attention, &data);
-            // What is left of k_j − k̄ is rounding; the probe (k̄ − q)/λ magnifies it.
-            let tolerance = dtype.epsilon() * 20.0 * (1.0 + d as f64 / ridge);
+            // What is left of k_j − k̄ is rounding of k; the probe (k̄ − q)/λ magnifies it.
+            let tolerance = dtype.epsilon() * 20.0 * (1.0 + reach / ridge);
             assert_close(&format!("{engine:?} in {dtype:?}"), got.out.data(), &want, tolerance);
         }
     }
