@@ -213,7 +213,9 @@ impl<'a, T: Element> Views<'a, T> {
 }
 
 fn is_hard(block: &BlockReport) -> bool {
-    block.reach > HARD || block.largest_logit > LARGE_LOGIT
+    // A residual that ends above where it began: there is less in the answer than in none.
+    let diverged = block.solved.residual.iter().any(|&residual| residual > 1.0);
+    block.reach > HARD || block.largest_logit > LARGE_LOGIT || diverged
 }
 
 /// Where a forward's results go, whatever the type of arithmetic.

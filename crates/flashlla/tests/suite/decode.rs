@@ -500,6 +500,22 @@ fn rayon_pool(threads: usize) -> rayon::ThreadPool {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
 
+/// Two or three keys a thousand units long at a ridge of 1e-5: single precision cannot solve that, and what it says of its residual shows it.
+#[test]
+fn what_single_precision_cannot_solve_is_solved_in_double() {
+    for (length, dim) in [(2, 40), (2, 64), (3, 64), (2, 128), (3, 128)] {
+        for seed in 0..10 {
+            let setup = Setup { ridge: 1e-5, seed, ..Setup::new(&[length], dim) };
+            let mut data = setup.data();
+            data.k.data_mut().iter_mut().for_each(|x| *x *= 1024.0);
+            data.q.data_mut().iter_mut().for_each(|x| *x /= 1024.0);
+            let want = setup.decode_as(Dtype::F64, &data);
+            let got = setup.decode_as(Dtype::F32, &data);
+            assert_close(&format!("{length} {dim} {seed}"), got.out.data(), want.out.data(), 1e-5);
+        }
+    }
+}
+
 /// Numbers of a token that lie apart are read one by one, and give what others give.
 #[test]
 fn a_cache_whose_numbers_lie_apart() {
