@@ -243,14 +243,7 @@ pub fn solve<C: Real>(
             x[row * width..][..width].fill(C::NAN);
         }
     }
-    let iterates = match systems.solver {
-        Solver::Cg { max_iters, .. } => max_iters > 0,
-        Solver::Auto { max_iters, .. } => max_iters != Some(0),
-        Solver::Direct => false,
-    };
-    let start = systems.first.filter(|_| iterates && todo == [0]);
-    let start = start.and_then(|[d, image]| step_along(arith, d, image, residual, x));
-    let mut run = Cg { norms: &norms, residual, x, solved: &mut solved, start };
+    let mut run = Cg { norms: &norms, residual, x, solved: &mut solved };
     let left = match systems.solver {
         Solver::Cg { tolerance, max_iters } => {
             run.conjugate_gradients(arith, matrices, systems, todo, tolerance, max_iters, false);
@@ -335,8 +328,6 @@ pub struct Cg<'a, C> {
     pub residual: &'a mut [C],
     pub x: &'a mut [C],
     pub solved: &'a mut Solved,
-    /// The first direction of the only row, where it is not the residual.
-    start: Option<Vec<C>>,
 }
 
 impl<C: Real> Cg<'_, C> {
@@ -360,8 +351,12 @@ impl<C: Real> Cg<'_, C> {
             rows.iter().flat_map(|&row| &self.residual[row * width..][..width]).copied().collect();
         let mut norm: Vec<C> = rows.iter().map(|&row| self.norms[row]).collect();
         let (mut step, mut enough_steps) = (0, 3);
-        if let Some(start) = self.start.take().filter(|_| rows == [0]) {
+        let first = systems.first.filter(|_| rows == [0]);
+        if let Some(start) =
+            first.and_then(|[along, image]| step_along(arith, along, image, self.residual, self.x))
+        {
             (step, enough_steps) = (1, 1);
+            d.copy_from_slice(self.residual);
             norm[0] = arith.dot(&d, &d);
             self.solved.iterations[0] = 1;
             self.solved.residual[0] = relative(norm[0], self.norms[0]);

@@ -19,7 +19,7 @@ const TOKENS: usize = 128;
 /// the keys vary by |C q|² / qᵀC q, with C their covariance. Queries that make passes may be left at more by a factor that is the root of
 /// ln(1/ρ) / (1 - ρ), where ρ is what a pass leaves of the residual's square: they end anywhere below that bound. No query of the block is left
 /// at more than five times the mean, none is asked for a relative residual below a quarter of [`STANDARD_TOLERANCE`], and all
-/// are for one of 1e-2. On normal queries, keys and values it made outputs err by up to 2.6e-3 at λ = 100, 2.3e-3 at 30 and 2.1e-3 from 10 to 1, their
+/// are for one of 1e-2. On normal queries, keys and values it made outputs err by up to 2.6e-3 at λ = 100, 2.3e-3 at 30 and 2.2e-3 from 10 to 1, their
 /// rounding included.
 pub const STANDARD_OUTPUT_ERROR: f64 = 2.2e-3;
 /// The same of the gradients of queries, keys and values, for the backward's own solves. What residuals do to gradients was measured

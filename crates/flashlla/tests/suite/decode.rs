@@ -516,7 +516,28 @@ fn what_single_precision_cannot_solve_is_solved_in_double() {
     }
 }
 
-/// Numbers of a token that lie apart are read one by one, and give what others give.
+/// The first step of a solve is along the query times the scale: no direction at a scale of 0, the other way round at a negative one.
+#[test]
+fn one_query_at_any_scale() {
+    let setup = Setup::new(&[900], 64);
+    let data = setup.data();
+    for scale in [0.0, -0.125, 1e-4, 1.0] {
+        fn decode<T: Element>(engine: &impl Engine, data: &Data, scale: f64) -> Decoded {
+            let [q, k, v] = [&data.q, &data.k, &data.v].map(cast::<T>);
+            let cache = CacheView::contiguous(k.view(), v.view(), &[900]).unwrap();
+            let attention =
+                Attention::builder_for_cache(&q.view(), &cache).ridge(1.0).scale(scale).build().unwrap();
+            Decoded::new(&engine.decode(&attention.decoding(q.view(), &cache).unwrap()).unwrap())
+        }
+        let want = decode::<f64>(&Reference::default(), &data, scale);
+        let (double, single) =
+            (decode::<f64>(&Cpu::new(), &data, scale), decode::<f32>(&Cpu::new(), &data, scale));
+        assert_decoded("f64", &double, &want, Tolerance::promised(Dtype::F64, false), 1.0);
+        assert_decoded("f32", &single, &want, Tolerance::promised(Dtype::F32, false), 1.0);
+    }
+}
+
+/// Numbers of a token that lie apart are read one by one, and give what others give; so do tokens that lie in the other order.
 #[test]
 fn a_cache_whose_numbers_lie_apart() {
     for dim in [5, 64] {
@@ -527,10 +548,18 @@ fn a_cache_whose_numbers_lie_apart() {
         let apart = |x: &Tensor<f32>| -> Vec<f32> { x.data().iter().flat_map(|&x| [x, f32::NAN]).collect() };
         let (k_apart, v_apart) = (apart(&k), apart(&v));
         let view = |data| View::strided(data, 0, [1, 1, 700, dim], [0, 0, 2 * dim as isize, 2]).unwrap();
+        let turned =
+            |x: &Tensor<f32>| -> Vec<f32> { x.data().chunks(dim).rev().flatten().copied().collect() };
+        let (k_turned, v_turned) = (turned(&k), turned(&v));
+        let back =
+            |data| View::strided(data, 699 * dim, [1, 1, 700, dim], [0, 0, -(dim as isize), 1]).unwrap();
         let want = setup.reference(&data);
-        for (k, v) in
-            [(view(&k_apart), view(&v_apart)), (k.view(), view(&v_apart)), (view(&k_apart), v.view())]
-        {
+        for (k, v) in [
+            (view(&k_apart), view(&v_apart)),
+            (k.view(), view(&v_apart)),
+            (view(&k_apart), v.view()),
+            (back(&k_turned), back(&v_turned)),
+        ] {
             let cache = CacheView::contiguous(k, v, &[700]).unwrap();
             let got = Cpu::new().decode(&attention.decoding(q.view(), &cache).unwrap()).unwrap();
             assert_decoded("apart", &Decoded::new(&got), &want, Tolerance::promised(Dtype::F32, false), 1.0);

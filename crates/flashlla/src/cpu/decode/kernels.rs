@@ -10,30 +10,27 @@ use crate::{Element, Real, View};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
+/// Tokens of a sequence's KV head, all less the same.
+#[derive(Clone)]
+pub struct Tokens<'a, C> {
+    pub place: [usize; 2],
+    pub range: Range<usize>,
+    pub origin: &'a [C],
+}
+
 /// The keys or the values of a cache, whatever they are stored in.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // What the matrix unit alone needs.
 pub trait ReadTile<C>: Sync {
     /// Reads tokens from `first` on, as many as `rows` has rows of `width`, less `origin`. What lies beyond a token's
     /// dimensions is left alone.
     fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]);
-    /// The products of up to [`TILE`] tokens, less `origin`, with `d`; whether there were any, which is so where a token's numbers lie one
-    /// after the other.
-    fn dots(
-        &self,
-        arch: pulp::Arch,
-        place: [usize; 2],
-        tokens: Range<usize>,
-        d: &[C],
-        origin: &[C],
-        out: &mut [C],
-    ) -> bool;
-    /// Adds so many tokens, less `origin`, times their weights, to one sum or two with weights of their own, under the same condition.
+    /// The products of tokens with `d`; whether there were any, which is so where a token's numbers lie one after the other.
+    fn dots(&self, arch: pulp::Arch, tokens: Tokens<C>, d: &[C], out: &mut [C]) -> bool;
+    /// Adds tokens times their weights to one sum or two with weights of their own, under the same condition.
     fn combine<'b>(
         &self,
         arch: pulp::Arch,
-        place: [usize; 2],
-        tokens: Range<usize>,
-        origin: &[C],
+        tokens: Tokens<C>,
         sum: Sum<'b, C>,
         other: Option<Sum<'b, C>>,
     ) -> bool;
@@ -57,16 +54,9 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
         arch.dispatch(Read { pool: self, place, first, rows, origin });
     }
 
-    fn dots(
-        &self,
-        arch: pulp::Arch,
-        place: [usize; 2],
-        tokens: Range<usize>,
-        d: &[C],
-        origin: &[C],
-        out: &mut [C],
-    ) -> bool {
-        by_few(tokens).all(|(at, tokens)| {
+    fn dots(&self, arch: pulp::Arch, tokens: Tokens<C>, d: &[C], out: &mut [C]) -> bool {
+        let Tokens { place, range, origin } = tokens;
+        by_few(range).all(|(at, tokens)| {
             let out = &mut out[at.start..at.start + tokens.len()];
             match self.few(place, tokens) {
                 Few::Run(rows) => arch.dispatch(RowDots { rows, d, origin, out }),
@@ -80,13 +70,12 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
     fn combine<'b>(
         &self,
         arch: pulp::Arch,
-        place: [usize; 2],
-        tokens: Range<usize>,
-        origin: &[C],
+        tokens: Tokens<C>,
         mut sum: Sum<'b, C>,
         mut other: Option<Sum<'b, C>>,
     ) -> bool {
-        by_few(tokens).all(|(at, tokens)| {
+        let Tokens { place, range, origin } = tokens;
+        by_few(range).all(|(at, tokens)| {
             let here = at.start..at.start + tokens.len();
             let (rows, one) = (self.few(place, tokens), sum.part(here.clone()));
             match &mut other {

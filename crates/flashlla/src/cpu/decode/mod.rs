@@ -86,9 +86,9 @@ fn splits(rows: &[Row], heads: usize) -> Vec<Range<usize>> {
 /// Whether the first pass is to sum second moments.
 ///
 /// For one row per KV head and `f32` arithmetic it is if a matrix unit makes them cheap (they then take 0.6 to 0.7 times what conjugate gradients to 1e-6 take
-/// that put tiles of keys down; contexts of 32,768, λ = 1), or the dimension does (40: 0.6 times). Otherwise conjugate gradients that read keys where they lie
-/// come first. Measured on two AVX-512 cores at 32,768, `bf16` and `f32`, they take 0.75 and 0.84 (D = 64) and 0.5 and 0.8 times (D = 128) what moments
-/// take at λ = 10, 0.95 and 0.93, 0.6 and 0.97 times at λ = 1. How many steps they would take is known after the first pass, which makes one, and where that
+/// that put tiles of keys down; contexts of 32,768, λ = 1), or the dimension does (40, at 8,192: 0.6 times). Otherwise conjugate gradients that read keys where they lie
+/// come first. Measured on two AVX-512 cores at 32,768, `bf16` and `f32`, they take 0.75 and 0.83 (D = 64) and 0.50 and 0.80 times (D = 128) what moments
+/// take at λ = 10, 0.97 and 0.92, 0.60 and 1.02 times at λ = 1. How many steps they would take is known after the first pass, which makes one, and where that
 /// is slower moments are summed in a second pass (`slowness` in `weighted.rs`). Few keys do not pay for a factorisation: that limit is an
 /// estimate from operation counts, not measured.
 fn sums_moments<C: FirstPass>(run: Run, a: &Attention, rows: usize, keys: usize) -> bool {

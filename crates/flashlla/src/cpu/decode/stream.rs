@@ -4,7 +4,7 @@
 //! give in their order. The last pass goes through them as the first did; what the caches still hold is found there.
 
 use super::amx::{FirstPass, Sums};
-use super::kernels::{Dots, ReadTile, RootScaled};
+use super::kernels::{Dots, ReadTile, RootScaled, Tokens};
 use super::rows::Sum;
 use super::weighted::Weighted;
 use crate::cpu::block::{AddProduct, Arith};
@@ -297,17 +297,10 @@ impl<'a, C: Real> Stream<'a, C> {
             let mut ahead = Ahead::new(self, self.inputs.k, next, steps);
             // One row's products are made where the keys lie: to put them down first would take longer than to look at them twice.
             let in_place = n == 1 && !moments && !careful;
-            let tokens = first..first + count;
+            let tokens = Tokens { place: self.place, range: first..first + count, origin: &self.origin };
             let in_place = in_place && {
                 weights[count..].fill(C::ZERO);
-                self.inputs.k.dots(
-                    arch,
-                    self.place,
-                    tokens.clone(),
-                    &self.q,
-                    &self.origin,
-                    &mut weights[..count],
-                )
+                self.inputs.k.dots(arch, tokens.clone(), &self.q, &mut weights[..count])
             };
             let mut bad_keys = vec![];
             if !in_place {
@@ -349,7 +342,7 @@ impl<'a, C: Real> Stream<'a, C> {
                 let image = Sum { weights: &weighted_scores[..count], out: &mut found.image };
                 let image = (!image.out.is_empty()).then_some(image);
                 arith.count([1 + usize::from(image.is_some()), width, TILE]);
-                self.inputs.k.combine(arch, self.place, tokens, &self.origin, mean, image);
+                self.inputs.k.combine(arch, tokens, mean, image);
                 ahead.some();
                 continue;
             }

@@ -1,7 +1,7 @@
 //! What follows the first pass: passes over keys, or keys and values, with softmax weights that are known.
 
 use super::amx;
-use super::kernels::{Dots, RootScaled, Weigh};
+use super::kernels::{Dots, RootScaled, Tokens, Weigh};
 use super::rows::{FEW, Sum, by_few};
 use super::stream::{Ahead, MOMENT_ROWS, Row, Stream, add_moments};
 use crate::Real;
@@ -176,17 +176,18 @@ impl<C: Real> Weighted<'_, C> {
         (d, shift, t): (&[C], C, &mut [C]),
         out: &mut [C],
     ) -> Option<C> {
-        let Stream { inputs, place, origin, .. } = self.stream;
+        let Stream { inputs, place, ref origin, .. } = *self.stream;
         let mut sum = C::ZERO;
-        for (few, tokens) in by_few(tokens) {
-            let (t, count) = (&mut t[few.clone()], tokens.len());
+        for (few, range) in by_few(tokens) {
+            let (t, count) = (&mut t[few.clone()], range.len());
+            let tokens = Tokens { place, range, origin };
             t[count..].fill(C::ZERO);
-            if !inputs.k.dots(arith.arch, *place, tokens.clone(), d, origin, &mut t[..count]) {
+            if !inputs.k.dots(arith.arch, tokens.clone(), d, &mut t[..count]) {
                 return None;
             }
             sum += arith.arch.dispatch(Weigh { t, w: &w[few], shift, sign: C::ONE, one: C::ZERO });
             let sum = Sum { weights: &t[..count], out };
-            inputs.k.combine(arith.arch, *place, tokens, origin, sum, None);
+            inputs.k.combine(arith.arch, tokens, sum, None);
         }
         arith.count([1, TILE, self.stream.dim()]);
         arith.count([1, out.len(), TILE]);
@@ -200,7 +201,7 @@ impl<C: Real> Weighted<'_, C> {
     ///
     /// [`shifts`]: crate::cpu::solve::shifts
     fn output_in_place(&self, arith: &Arith, x: &[C], near: C, width: usize) -> Option<Vec<C>> {
-        let Stream { inputs, place, origin, splits, run, .. } = self.stream;
+        let Stream { inputs, place, ref origin, ref splits, run, .. } = *self.stream;
         if self.stream.rows.len() > 1 || self.careful.contains(&true) {
             return None;
         }
@@ -211,25 +212,25 @@ impl<C: Real> Weighted<'_, C> {
             .zip(&self.weights)
             .map(|(split, weights)| {
                 let (mut out, mut mean, mut off) = (zeros.clone(), zeros.clone(), C::ZERO);
-                let (mut t, mut less) = ([C::ZERO; FEW], [C::ZERO; FEW]);
+                let mut t = [C::ZERO; FEW];
                 for (i, first, count) in Stream::<C>::tiles(split) {
                     if !run.goes_on() {
                         break;
                     }
-                    for (few, tokens) in by_few(first..first + count) {
-                        let (w, count) = (&weights[i * TILE..][few], tokens.len());
+                    for (few, range) in by_few(first..first + count) {
+                        let (w, count) = (&weights[i * TILE..][few], range.len());
+                        let keys = Tokens { place, range, origin };
+                        let values = Tokens { origin: &zeros, ..keys.clone() };
                         t[count..].fill(C::ZERO);
-                        if !inputs.k.dots(run.arch, *place, tokens.clone(), x, origin, &mut t[..count]) {
+                        if !inputs.k.dots(run.arch, keys, x, &mut t[..count]) {
                             return None;
                         }
-                        less.copy_from_slice(&t);
                         let [one, zero] = [C::ONE, C::ZERO];
-                        off +=
-                            run.arch.dispatch(Weigh { t: &mut less, w, shift: near, sign: one, one: zero });
-                        run.arch.dispatch(Weigh { t: &mut t, w, shift: near, sign: -one, one });
+                        off += run.arch.dispatch(Weigh { t: &mut t, w, shift: near, sign: one, one: zero });
+                        t.iter_mut().zip(w).for_each(|(t, &w)| *t = w - *t);
                         let sum = Sum { weights: &t[..count], out: &mut out };
                         let other = Sum { weights: &w[..count], out: &mut mean };
-                        if !inputs.v.combine(run.arch, *place, tokens, &zeros, sum, Some(other)) {
+                        if !inputs.v.combine(run.arch, values, sum, Some(other)) {
                             return None;
                         }
                     }
