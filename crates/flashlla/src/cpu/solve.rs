@@ -34,6 +34,9 @@ pub trait Matrices<C: Real> {
     fn inv_sum(&self) -> &[C];
     /// `out_i = A_row d_i` for the vectors `d_i` of the rows named.
     fn apply(&mut self, arith: &Arith, systems: &Systems<C>, rows: &[usize], d: &[C], out: &mut [C]);
+    /// Told that `length · d` was added to a row's `x`, where `d` is what [`Matrices::apply`] was last given for it, or [`Systems::first`] if that
+    /// was not called yet.
+    fn moved(&mut self, _arith: &Arith, _row: usize, _length: C, _d: &[C]) {}
     /// `Σ p_j k_j k_jᵀ` of the rows named, each `dim` rows of `width` of which entries `b ≥ a` of row `a` are filled; relative to
     /// unnormalised weights.
     fn second_moments(&mut self, arith: &Arith, rows: &[usize], matrices: &mut [C]);
@@ -271,14 +274,15 @@ pub fn solve<C: Real>(
     solved
 }
 
-/// The step from 0 along `d`, of which the matrix makes `image`, if it takes most of the residual; the next direction, conjugate to it.
+/// The length of the step from 0 along `d`, of which the matrix makes `image`, if it takes most of the residual; and the next direction,
+/// conjugate to it.
 fn step_along<C: Real>(
     arith: &Arith,
     d: &[C],
     image: &[C],
     residual: &mut [C],
     x: &mut [C],
-) -> Option<Vec<C>> {
+) -> Option<(C, Vec<C>)> {
     let (curvature, norm) = (arith.dot(d, image), arith.dot(residual, residual));
     let length = arith.dot(d, residual) / curvature;
     let mut left = residual.to_vec();
@@ -290,7 +294,7 @@ fn step_along<C: Real>(
         arith.combine(x, C::ZERO, length, d);
         let back = arith.dot(&left, image) / curvature;
         arith.combine(&mut left, C::ONE, -back, d);
-        left
+        (length, left)
     })
 }
 
@@ -351,10 +355,12 @@ impl<C: Real> Cg<'_, C> {
             rows.iter().flat_map(|&row| &self.residual[row * width..][..width]).copied().collect();
         let mut norm: Vec<C> = rows.iter().map(|&row| self.norms[row]).collect();
         let (mut step, mut enough_steps) = (0, 3);
-        let first = systems.first.filter(|_| rows == [0]);
-        if let Some(start) =
-            first.and_then(|[along, image]| step_along(arith, along, image, self.residual, self.x))
-        {
+        let first = systems.first.filter(|_| rows == [0]).and_then(|[along, image]| {
+            let (length, next) = step_along(arith, along, image, self.residual, self.x)?;
+            matrices.moved(arith, 0, length, along);
+            Some(next)
+        });
+        if let Some(start) = first {
             (step, enough_steps) = (1, 1);
             d.copy_from_slice(self.residual);
             norm[0] = arith.dot(&d, &d);
@@ -387,6 +393,7 @@ impl<C: Real> Cg<'_, C> {
                 if going {
                     let length = norm[i] / curvature;
                     arith.combine(&mut self.x[row * width..][..width], C::ONE, length, &d[at.clone()]);
+                    matrices.moved(arith, row, length, &d[at.clone()]);
                     arith.combine(residual, C::ONE, -length, &image[at.clone()]);
                     let new = arith.dot(residual, residual);
                     let ratio = new / norm[i];

@@ -343,7 +343,7 @@ fn splits_are_merged() {
 #[test]
 fn one_query_against_many_keys() {
     let steps = Solver::Cg { tolerance: 1e-12, max_iters: 500 };
-    for (head_dim, value_dim) in [(64, 64), (32, 96), (40, 17), (104, 72)] {
+    for (head_dim, value_dim) in [(64, 64), (32, 96), (40, 17), (104, 72), (128, 128), (20, 5), (80, 48)] {
         for (mean, ridge, solver) in
             [(0.0, 0.3, Solver::default()), (10.0, 10.0, Solver::default()), (3.0, 1.0, steps)]
         {

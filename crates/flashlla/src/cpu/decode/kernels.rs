@@ -1,6 +1,6 @@
 //! What happens to a tile of keys or values: read from wherever it lies, products with a few query rows, weights.
 
-use super::rows::{FEW, RowDots, RowSums, Sum, by_few};
+use super::rows::{FEW, RowDots, RowStep, RowSums, Sum, by_few};
 use crate::cache::{CacheView, Paging};
 use crate::cpu::TILE;
 use crate::cpu::simd::SimdReal;
@@ -18,6 +18,15 @@ pub struct Tokens<'a, C> {
     pub origin: &'a [C],
 }
 
+/// What a step does with tokens beside reading them: see [`RowStep`].
+pub struct Step<'a, C> {
+    pub d: &'a [C],
+    pub w: &'a [C],
+    pub shift: C,
+    pub t: &'a mut [C],
+    pub out: &'a mut [C],
+}
+
 /// The keys or the values of a cache, whatever they are stored in.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // What the matrix unit alone needs.
 pub trait ReadTile<C>: Sync {
@@ -26,14 +35,18 @@ pub trait ReadTile<C>: Sync {
     fn read(&self, arch: pulp::Arch, place: [usize; 2], first: usize, rows: &mut [C], origin: &[C]);
     /// The products of tokens with `d`; whether there were any, which is so where a token's numbers lie one after the other.
     fn dots(&self, arch: pulp::Arch, tokens: Tokens<C>, d: &[C], out: &mut [C]) -> bool;
-    /// Adds tokens times their weights to one sum or two with weights of their own, under the same condition.
+    /// Adds tokens times their weights to one sum or two with weights of their own, under the same condition. They are `fresh` if they were
+    /// not looked at just before.
     fn combine<'b>(
         &self,
         arch: pulp::Arch,
         tokens: Tokens<C>,
+        fresh: bool,
         sum: Sum<'b, C>,
         other: Option<Sum<'b, C>>,
     ) -> bool;
+    /// A [step](RowStep) with tokens, under the same condition.
+    fn step(&self, arch: pulp::Arch, tokens: Tokens<C>, step: Step<'_, C>) -> Option<C>;
     /// Asks for tokens that will be read soon.
     fn prefetch(&self, place: [usize; 2], tokens: Range<usize>);
     /// Adds the pieces of memory that tokens lie in: where each begins, and its bytes. Nothing where a token's numbers do not lie one
@@ -58,9 +71,9 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
         let Tokens { place, range, origin } = tokens;
         by_few(range).all(|(at, tokens)| {
             let out = &mut out[at.start..at.start + tokens.len()];
-            match self.few(place, tokens) {
+            match self.few(place, tokens, &mut None) {
                 Few::Run(rows) => arch.dispatch(RowDots { rows, d, origin, out }),
-                Few::Apart(rows, count) => arch.dispatch(RowDots { rows: &rows[..count], d, origin, out }),
+                Few::Apart(rows) => arch.dispatch(RowDots { rows, d, origin, out }),
                 Few::No => return false,
             }
             true
@@ -71,18 +84,36 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
         &self,
         arch: pulp::Arch,
         tokens: Tokens<C>,
+        fresh: bool,
         mut sum: Sum<'b, C>,
         mut other: Option<Sum<'b, C>>,
     ) -> bool {
         let Tokens { place, range, origin } = tokens;
         by_few(range).all(|(at, tokens)| {
             let here = at.start..at.start + tokens.len();
-            let (rows, one) = (self.few(place, tokens), sum.part(here.clone()));
+            let mut room = None;
+            let rows = self.few(place, tokens, &mut room);
+            let one = sum.part(here.clone());
             match &mut other {
-                None => add(arch, &rows, origin, [one]),
-                Some(other) => add(arch, &rows, origin, [one, other.part(here)]),
+                None => add(arch, rows, fresh, origin, [one]),
+                Some(other) => add(arch, rows, fresh, origin, [one, other.part(here)]),
             }
         })
+    }
+
+    fn step(&self, arch: pulp::Arch, tokens: Tokens<C>, step: Step<'_, C>) -> Option<C> {
+        let Tokens { place, range, origin } = tokens;
+        let Step { d, w, shift, t, out } = step;
+        let mut sum = C::ZERO;
+        for (at, tokens) in by_few(range) {
+            let (w, t) = (&w[at.clone()], &mut t[at]);
+            sum += match self.few(place, tokens, &mut None) {
+                Few::Run(rows) => arch.dispatch(RowStep { rows, origin, d, w, shift, t, out }),
+                Few::Apart(rows) => arch.dispatch(RowStep { rows, origin, d, w, shift, t, out }),
+                Few::No => return None,
+            };
+        }
+        Some(sum)
     }
 
     fn prefetch(&self, [sequence, head]: [usize; 2], tokens: Range<usize>) {
@@ -129,33 +160,40 @@ impl<T: Element, C: Real> ReadTile<C> for Pool<'_, T> {
     }
 }
 
+/// A few tokens in several pages.
+type Apart<'a, T> = [&'a [T]; FEW];
+
 /// A few tokens where they lie.
-#[expect(clippy::large_enum_variant, reason = "there is one at a time, and it is not moved")]
-enum Few<'a, T> {
+enum Few<'s, 'a, T> {
     /// In one page.
     Run(Run<'a, T>),
     /// In several.
-    Apart([&'a [T]; FEW], usize),
+    Apart(&'s [&'a [T]]),
     /// The numbers of each are apart.
     No,
 }
 
 impl<'a, T: Element> Pool<'a, T> {
     #[inline(always)]
-    fn few(&self, [sequence, head]: [usize; 2], tokens: Range<usize>) -> Few<'a, T> {
+    fn few<'s>(
+        &self,
+        [sequence, head]: [usize; 2],
+        tokens: Range<usize>,
+        room: &'s mut Option<Apart<'a, T>>,
+    ) -> Few<'s, 'a, T> {
         let (paging, count) = (self.cache.paging(), tokens.len());
         let (page, slot) = paging.place(sequence, tokens.start);
         if paging.page_size() - slot >= count {
             return self.view.run(page, head, slot, count).map_or(Few::No, Few::Run);
         }
-        let (mut rows, mut whole) = ([&[][..]; FEW], true);
+        let (rows, mut whole) = (room.insert([&[][..]; FEW]), true);
         for_each_page(paging, sequence, tokens, |done, page, slot, here| {
             match self.view.run(page, head, slot, here) {
                 Some(run) => (0..here).for_each(|i| rows[done + i] = run.row(i)),
                 None => whole = false,
             }
         });
-        if whole { Few::Apart(rows, count) } else { Few::No }
+        if whole { Few::Apart(&rows[..count]) } else { Few::No }
     }
 }
 
@@ -163,13 +201,14 @@ impl<'a, T: Element> Pool<'a, T> {
 #[inline(always)]
 fn add<T: Element, C: Real, const W: usize>(
     arch: pulp::Arch,
-    rows: &Few<T>,
+    rows: Few<T>,
+    fresh: bool,
     origin: &[C],
     sums: [Sum<C>; W],
 ) -> bool {
     match rows {
-        Few::Run(rows) => arch.dispatch(RowSums { rows: *rows, origin, sums }),
-        Few::Apart(rows, count) => arch.dispatch(RowSums { rows: &rows[..*count], origin, sums }),
+        Few::Run(rows) => arch.dispatch(RowSums { rows, fresh, origin, sums }),
+        Few::Apart(rows) => arch.dispatch(RowSums { rows, fresh, origin, sums }),
         Few::No => return false,
     }
     true

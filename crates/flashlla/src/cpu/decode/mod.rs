@@ -9,9 +9,10 @@
 //! 3. One pass over keys and values gives the outputs.
 //!
 //! A row that is alone reads tokens in registers where they lie (`rows.rs`), and its first pass makes the first step of conjugate gradients too: that step is along
-//! the query, and `Σ p (k·q) k` needs no pass of its own.
+//! the query, and `Σ p (k·q) k` needs no pass of its own. Nor does its last pass need keys: the output asks for their products with the solution, which is a sum of steps
+//! along vectors whose products with all keys are known ([`weighted::Path`]).
 //!
-//! Summing `Σ w_j v_j k_jᵀ` as well would save the keys of the last pass, but costs twice the arithmetic of the moments; the keys
+//! After moments, summing `Σ w_j v_j k_jᵀ` as well would save the keys of the last pass, but costs twice the arithmetic of the moments; the keys
 //! cost 4 D flop per row, and are often still in a cache. A matrix unit makes that arithmetic cheap: where there is one, one query row is
 //! done in one pass (`amx/`).
 
@@ -86,13 +87,13 @@ fn splits(rows: &[Row], heads: usize) -> Vec<Range<usize>> {
 /// Whether the first pass is to sum second moments.
 ///
 /// For one row per KV head and `f32` arithmetic it is if a matrix unit makes them cheap (they then take 0.6 to 0.7 times what conjugate gradients to 1e-6 take
-/// that put tiles of keys down; contexts of 32,768, λ = 1), or the dimension does (40, at 8,192: 0.6 times). Otherwise conjugate gradients that read keys where they lie
-/// come first. Measured on two AVX-512 cores at 32,768, `bf16` and `f32`, they take 0.75 and 0.83 (D = 64) and 0.50 and 0.80 times (D = 128) what moments
-/// take at λ = 10, 0.97 and 0.92, 0.60 and 1.02 times at λ = 1. How many steps they would take is known after the first pass, which makes one, and where that
-/// is slower moments are summed in a second pass (`slowness` in `weighted.rs`). Few keys do not pay for a factorisation: that limit is an
-/// estimate from operation counts, not measured.
+/// that put tiles of keys down; contexts of 32,768, λ = 1), or the dimension does. Otherwise conjugate gradients that read keys where they lie
+/// come first. Measured on two AVX-512 cores at 32,768, `bf16` and `f32`, they take 0.58 and 0.65 (D = 64) and 0.38 and 0.60 times (D = 128) what moments
+/// take at λ = 1, 0.65 and 0.69, 0.43 and 0.87 at λ = 0.1; at D = 32 they are even there, and at 24 moments are faster. How many steps they would take is known
+/// after the first pass, which makes one, and where that is slower moments are summed in a second pass (`slowness` in `weighted.rs`). Few keys do not pay for a
+/// factorisation: that limit is an estimate from operation counts, not measured.
 fn sums_moments<C: FirstPass>(run: Run, a: &Attention, rows: usize, keys: usize) -> bool {
-    let cheap = C::has_unit(run) || size_of::<C>() == size_of::<f64>() || a.head_dim() <= 48;
+    let cheap = C::has_unit(run) || size_of::<C>() == size_of::<f64>() || a.head_dim() < 32;
     match a.solver() {
         Solver::Direct => true,
         Solver::Cg { .. } => false,

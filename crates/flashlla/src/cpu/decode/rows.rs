@@ -1,6 +1,6 @@
 //! Products of one query row with keys and values where they lie: they become the type of arithmetic in registers, and are put down nowhere.
 
-use super::kernels::prefetch;
+use super::kernels::{Weigh, prefetch};
 use crate::cpu::widen::Widen;
 use crate::view::Run;
 use crate::{Element, Real};
@@ -10,8 +10,8 @@ use std::ops::Range;
 /// How many bytes ahead of where it reads a pass asks for memory: tokens mostly follow each other.
 const AHEAD: usize = 4096;
 
-/// Tokens that are looked at together: few, so that memory and arithmetic take turns quickly. Sums are put together by these, wherever pages end.
-pub const FEW: usize = 16;
+/// Tokens that are looked at together: few, so that they stay in the first-level cache from one look to the next. Sums are put together by these, wherever pages end.
+pub const FEW: usize = 32;
 
 /// Up to [`FEW`] tokens at a time, with their places among all.
 pub fn by_few(tokens: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
@@ -20,7 +20,7 @@ pub fn by_few(tokens: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range
 }
 
 /// Some rows of the same length.
-pub trait Rows {
+pub trait Rows: Copy {
     type Item: Element;
     fn count(&self) -> usize;
     fn row(&self, i: usize) -> &[Self::Item];
@@ -76,17 +76,37 @@ impl<R: Rows, C: Real> WithSimd for RowDots<'_, R, C> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        let (dim, lanes) = (self.rows.width(), C::lanes::<S>());
+        assert!(self.d.len() >= dim && self.origin.len() >= dim && self.out.len() == self.rows.count());
+        // SAFETY: everything is as long as the rows.
+        unsafe {
+            match dim / lanes {
+                4 => self.of_registers::<S>(simd, 4),
+                8 => self.of_registers::<S>(simd, 8),
+                n => self.of_registers::<S>(simd, n),
+            }
+        }
+    }
+}
+
+impl<R: Rows, C: Real> RowDots<'_, R, C> {
+    /// Rows of `n` registers and less than one more. Inlined where `n` is a constant, its loop is unrolled.
+    ///
+    /// # Safety
+    /// `d` and `origin` must be as long as the rows.
+    #[inline(always)]
+    unsafe fn of_registers<S: Simd>(self, simd: S, n: usize) {
         let Self { rows, d, origin, out } = self;
-        let (dim, count) = (rows.width(), rows.count());
-        let whole = dim - dim % C::lanes::<S>();
-        assert!(d.len() >= dim && origin.len() >= dim && out.len() == count);
+        let (dim, count, lanes) = (rows.width(), rows.count(), C::lanes::<S>());
+        let tail = last_register::<C>(&d[..dim], lanes);
         for first in (0..count).step_by(4) {
             let rows = [0, 1, 2, 3].map(|i| rows.row((first + i).min(count - 1)));
             rows.iter().for_each(|row| ask(row));
             let mut sums = [C::splat(simd, C::ZERO); 4];
-            for at in (0..whole).step_by(C::lanes::<S>()) {
-                // SAFETY: registers at multiples of their length below `whole`, which all of these have.
+            for i in 0..n {
+                // SAFETY: registers at multiples of their length below `n`, which all of these have.
                 unsafe {
+                    let at = i * lanes;
                     let (d, origin) =
                         (C::load::<S>(d.as_ptr().add(at)), C::load::<S>(origin.as_ptr().add(at)));
                     for (sum, row) in sums.iter_mut().zip(rows) {
@@ -95,15 +115,148 @@ impl<R: Rows, C: Real> WithSimd for RowDots<'_, R, C> {
                     }
                 }
             }
+            let rest = n * lanes..dim;
+            if n > 0 && !rest.is_empty() {
+                // The last register of the row, with zeros for what was there before.
+                // SAFETY: rows and `origin` are longer than a register, and `tail` as long.
+                unsafe {
+                    let at = dim - lanes;
+                    let (d, origin) = (C::load::<S>(tail.as_ptr()), C::load::<S>(origin.as_ptr().add(at)));
+                    for (sum, row) in sums.iter_mut().zip(rows) {
+                        let x = C::v_sub(simd, R::Item::register::<S, C>(simd, row.as_ptr().add(at)), origin);
+                        *sum = C::fma(simd, d, x, *sum);
+                    }
+                }
+            }
             let mut sums = C::reduce_four(simd, sums);
-            for (sum, row) in sums.iter_mut().zip(rows) {
-                for at in whole..dim {
-                    *sum += d[at] * (row[at].to_real::<C>() - origin[at]);
+            if n == 0 {
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    for at in rest.clone() {
+                        *sum += d[at] * (row[at].to_real::<C>() - origin[at]);
+                    }
                 }
             }
             out[first..].iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
         }
     }
+}
+
+/// What a step of conjugate gradients needs of some rows, all less `origin`: `t_j = d · rows_j − shift`, and `out += Σ_j w_j t_j rows_j`, where
+/// rows with a weight of 0 count for nothing. Returns `Σ_j w_j t_j`.
+pub struct RowStep<'a, R, C> {
+    pub rows: R,
+    pub origin: &'a [C],
+    pub d: &'a [C],
+    /// At least [`FEW`] numbers, whatever the rows are; so for `t`.
+    pub w: &'a [C],
+    pub shift: C,
+    pub t: &'a mut [C],
+    pub out: &'a mut [C],
+}
+
+impl<R: Rows, C: Real> WithSimd for RowStep<'_, R, C> {
+    type Output = C;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> C {
+        let (dim, count, lanes) = (self.rows.width(), self.rows.count(), C::lanes::<S>());
+        assert!(count <= FEW && self.w.len() >= FEW && self.t.len() >= FEW);
+        assert!([self.origin.len(), self.d.len(), self.out.len()].iter().all(|&len| len >= dim));
+        // With 32 registers, rows of the usual lengths are read once.
+        if S::REGISTER_COUNT >= 32 && dim.is_multiple_of(lanes) {
+            // SAFETY: everything is as long as the rows, and these as long as is said.
+            unsafe {
+                match dim / lanes {
+                    2 => return self.held::<S, 2, 4>(simd),
+                    3 => return self.held::<S, 3, 4>(simd),
+                    4 => return self.held::<S, 4, 4>(simd),
+                    5 => return self.held::<S, 5, 2>(simd),
+                    6 => return self.held::<S, 6, 2>(simd),
+                    8 => return self.held::<S, 8, 2>(simd),
+                    _ => (),
+                }
+            }
+        }
+        let Self { rows, origin, d, w, shift, t, out } = self;
+        RowDots { rows, d, origin, out: &mut t[..count] }.with_simd(simd);
+        t[..count].iter_mut().for_each(|t| *t -= shift);
+        let mut weighted = [C::ZERO; FEW];
+        weighted[..count].copy_from_slice(&t[..count]);
+        let sum = Weigh { t: &mut weighted, w, shift: C::ZERO, sign: C::ONE, one: C::ZERO }.with_simd(simd);
+        RowSums { rows, fresh: false, origin, sums: [Sum { weights: &weighted[..count], out }] }
+            .with_simd(simd);
+        sum
+    }
+}
+
+impl<R: Rows, C: Real> RowStep<'_, R, C> {
+    /// Rows of `N` registers, `G` of them at a time, which stay in registers from the product to the sum.
+    ///
+    /// # Safety
+    /// Rows, `origin`, `d` and `out` must have so many numbers, and `w` one for each row.
+    #[inline(always)]
+    unsafe fn held<S: Simd, const N: usize, const G: usize>(self, simd: S) -> C {
+        let Self { rows, origin, d, w, shift, t, out } = self;
+        let (count, lanes) = (rows.count(), C::lanes::<S>());
+        let mut total = C::ZERO;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut parts: [C::V<S>; N] = std::array::from_fn(|i| C::load::<S>(out.as_ptr().add(i * lanes)));
+            for first in (0..count).step_by(G) {
+                // Rows that are not there are the last one, with a weight of 0.
+                let here: [&[R::Item]; G] = std::array::from_fn(|g| rows.row((first + g).min(count - 1)));
+                here.iter().for_each(|row| {
+                    for line in (0..N * lanes).step_by(64 / size_of::<R::Item>()) {
+                        prefetch(row.as_ptr().wrapping_add(line).wrapping_byte_add(AHEAD));
+                    }
+                });
+                let mut sums = [C::splat(simd, C::ZERO); 4];
+                // By columns, as they come.
+                let mut held = [[C::splat(simd, C::ZERO); G]; N];
+                for (i, held) in held.iter_mut().enumerate() {
+                    let at = i * lanes;
+                    let (d, origin) =
+                        (C::load::<S>(d.as_ptr().add(at)), C::load::<S>(origin.as_ptr().add(at)));
+                    for ((held, sum), row) in held.iter_mut().zip(&mut sums).zip(here) {
+                        let x = R::Item::register::<S, C>(simd, row.as_ptr().add(at));
+                        *held = C::v_sub(simd, x, origin);
+                        *sum = C::fma(simd, d, *held, *sum);
+                    }
+                }
+                let sums = C::reduce_four(simd, sums);
+                for (g, sum) in sums.into_iter().enumerate().take(G) {
+                    let product = sum - shift;
+                    let mut weighted = C::ZERO;
+                    if first + g < count {
+                        t[first + g] = product;
+                        if w[first + g] > C::ZERO {
+                            weighted = w[first + g] * product;
+                        }
+                    }
+                    total += weighted;
+                    let weighted = C::splat(simd, weighted);
+                    for (part, held) in parts.iter_mut().zip(&held) {
+                        *part = C::fma(simd, weighted, held[g], *part);
+                    }
+                }
+            }
+            for (i, part) in parts.into_iter().enumerate() {
+                C::store::<S>(out.as_mut_ptr().add(i * lanes), part);
+            }
+        }
+        total
+    }
+}
+
+/// The most numbers that a register has.
+const MOST_LANES: usize = 16;
+
+/// What lies beyond the last whole register of a row, in the place where it ends the row's last register; zeros before.
+#[inline(always)]
+fn last_register<C: Real>(row: &[C], lanes: usize) -> [C; MOST_LANES] {
+    let mut last = [C::ZERO; MOST_LANES];
+    let rest = row.len() % lanes;
+    last[lanes - rest..lanes].copy_from_slice(&row[row.len() - rest..]);
+    last
 }
 
 /// `out += Σ_j weights_j row_j`
@@ -123,6 +276,8 @@ impl<C> Sum<'_, C> {
 /// Such sums over rows less `origin`.
 pub struct RowSums<'a, R, C, const W: usize> {
     pub rows: R,
+    /// Whether nobody has looked at the rows just before, and asked for those that follow.
+    pub fresh: bool,
     pub origin: &'a [C],
     pub sums: [Sum<'a, C>; W],
 }
@@ -131,11 +286,13 @@ impl<R: Rows, C: Real, const W: usize> WithSimd for RowSums<'_, R, C, W> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { rows, origin, mut sums } = self;
+        let Self { rows, fresh, origin, mut sums } = self;
         let (dim, lanes) = (rows.width(), C::lanes::<S>());
         assert!(origin.len() >= dim);
         assert!(sums.iter().all(|sum| sum.out.len() >= dim && sum.weights.len() == rows.count()));
-        (0..rows.count()).for_each(|j| ask(rows.row(j)));
+        if fresh {
+            (0..rows.count()).for_each(|j| ask(rows.row(j)));
+        }
         let mut at = 0;
         // SAFETY: as many registers as are added are below `dim`, which all of these have.
         unsafe {
@@ -148,6 +305,23 @@ impl<R: Rows, C: Real, const W: usize> WithSimd for RowSums<'_, R, C, W> {
                 at += lanes;
             }
         }
+        if at < dim && dim > lanes {
+            // The last register of the rows, of which a part is added.
+            let mut last = [[C::ZERO; MOST_LANES]; W];
+            let origin = &origin[dim - lanes..];
+            let mut parts: [Sum<C>; W] = std::array::from_fn(|_| Sum { weights: &[], out: &mut [] });
+            for ((part, sum), last) in parts.iter_mut().zip(&sums).zip(&mut last) {
+                *part = Sum { weights: sum.weights, out: last };
+            }
+            let ends = Ends { rows, from: dim - lanes };
+            // SAFETY: a register of the rows' ends, of `origin` and of sums.
+            unsafe { add_rows::<Ends<R>, C, S, W, 1>(simd, &ends, origin, &mut parts, 0) };
+            for (sum, last) in sums.iter_mut().zip(&last) {
+                let parts = &last[lanes - (dim - at)..lanes];
+                sum.out[at..dim].iter_mut().zip(parts).for_each(|(out, &x)| *out += x);
+            }
+            return;
+        }
         for at in at..dim {
             for Sum { weights, out } in &mut sums {
                 for (j, &weight) in weights.iter().enumerate() {
@@ -155,6 +329,25 @@ impl<R: Rows, C: Real, const W: usize> WithSimd for RowSums<'_, R, C, W> {
                 }
             }
         }
+    }
+}
+
+/// Rows from some column on.
+#[derive(Clone, Copy)]
+struct Ends<R> {
+    rows: R,
+    from: usize,
+}
+
+impl<R: Rows> Rows for Ends<R> {
+    type Item = R::Item;
+    #[inline(always)]
+    fn count(&self) -> usize {
+        self.rows.count()
+    }
+    #[inline(always)]
+    fn row(&self, i: usize) -> &[R::Item] {
+        &self.rows.row(i)[self.from..]
     }
 }
 
@@ -174,23 +367,29 @@ unsafe fn add_rows<R: Rows, C: Real, S: Simd, const W: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let origin: [C::V<S>; N] = std::array::from_fn(|i| C::load::<S>(origin.as_ptr().add(place(i))));
+        let count = rows.count();
         let mut parts = [[[C::splat(simd, C::ZERO); N]; W]; 2];
-        for first in (0..rows.count()).step_by(2) {
-            for (j, part) in (first..rows.count()).zip(&mut parts) {
-                let row = rows.row(j);
-                let weights: [C::V<S>; W] =
-                    std::array::from_fn(|w| C::splat(simd, *sums[w].weights.get_unchecked(j)));
-                for i in 0..N {
-                    let x = C::v_sub(
-                        simd,
-                        R::Item::register::<S, C>(simd, row.as_ptr().add(place(i))),
-                        origin[i],
-                    );
-                    for w in 0..W {
-                        part[w][i] = C::fma(simd, weights[w], x, part[w][i]);
-                    }
-                }
+        for first in (0..count - count % 2).step_by(2) {
+            for (j, part) in parts.iter_mut().enumerate() {
+                add_row::<R::Item, C, S, W, N>(
+                    simd,
+                    rows.row(first + j),
+                    (first + j, at),
+                    &origin,
+                    sums,
+                    part,
+                );
             }
+        }
+        if count % 2 == 1 {
+            add_row::<R::Item, C, S, W, N>(
+                simd,
+                rows.row(count - 1),
+                (count - 1, at),
+                &origin,
+                sums,
+                &mut parts[0],
+            );
         }
         let [even, odd] = parts;
         for ((sum, even), odd) in sums.iter_mut().zip(even).zip(odd) {
@@ -200,5 +399,113 @@ unsafe fn add_rows<R: Rows, C: Real, S: Simd, const W: usize, const N: usize>(
                 C::store::<S>(to, C::v_add(simd, C::load::<S>(to), part));
             }
         }
+    }
+}
+
+/// One row's part of [`add_rows`].
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn add_row<T: Element, C: Real, S: Simd, const W: usize, const N: usize>(
+    simd: S,
+    row: &[T],
+    (j, at): (usize, usize),
+    origin: &[C::V<S>; N],
+    sums: &[Sum<C>; W],
+    part: &mut [[C::V<S>; N]; W],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let weights: [C::V<S>; W] =
+            std::array::from_fn(|w| C::splat(simd, *sums[w].weights.get_unchecked(j)));
+        for i in 0..N {
+            let x = T::register::<S, C>(simd, row.as_ptr().add(at + i * C::lanes::<S>()));
+            let x = C::v_sub(simd, x, origin[i]);
+            for w in 0..W {
+                part[w][i] = C::fma(simd, weights[w], x, part[w][i]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    fn close<C: Real>(what: &str, got: &[C], want: &[f64]) {
+        // The largest of the sums below is some thousands, of numbers that all but f64 holds in f32.
+        let tolerance = if size_of::<C>() == 8 { 1e-11 } else { 3e-3 };
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!((got.as_f64() - want).abs() <= tolerance, "{what}, {i}: {got:?} instead of {want}");
+        }
+    }
+
+    fn all_sizes<T: Element, C: Real>() {
+        let value = |i: usize| ((i * 7919) % 101) as f64 / 16.0 - 3.0;
+        for arch in crate::cpu::tests::architectures() {
+            for dim in (1..=36).chain([40, 47, 48, 64, 72, 80, 96, 100, 112, 127, 128, 130, 256]) {
+                for count in [1, 2, 3, 4, 7, 16, FEW] {
+                    let what = format!("{} in {}, {arch:?}, {dim}, {count}", T::NAME, size_of::<C>());
+                    let numbers: Vec<T> =
+                        (0..dim * count).map(|i| T::from_real(C::of_f64(value(i)))).collect();
+                    let rows: Vec<&[T]> = numbers.chunks(dim).collect();
+                    let list = |from: usize, len: usize| -> Vec<C> {
+                        (from..from + len).map(|i| C::of_f64(value(i) / 4.0)).collect()
+                    };
+                    let (d, origin) = (list(5, dim), list(9, dim));
+                    let mut w = list(11, FEW);
+                    w.iter_mut().step_by(3).for_each(|w| *w = C::ZERO);
+                    w.iter_mut().for_each(|w| *w = if *w < C::ZERO { -*w } else { *w });
+                    let shift = C::of_f64(0.5);
+
+                    let of = |j: usize, i: usize| rows[j][i].to_real::<C>().as_f64() - origin[i].as_f64();
+                    let products: Vec<f64> =
+                        (0..count).map(|j| (0..dim).map(|i| d[i].as_f64() * of(j, i)).sum()).collect();
+                    let sums = |weights: &[f64], begin: f64| -> Vec<f64> {
+                        (0..dim)
+                            .map(|i| {
+                                begin + weights.iter().enumerate().map(|(j, w)| w * of(j, i)).sum::<f64>()
+                            })
+                            .collect()
+                    };
+                    let plain: Vec<f64> = w[..count].iter().map(|w| w.as_f64()).collect();
+                    let weighted: Vec<f64> =
+                        plain.iter().zip(&products).map(|(w, t)| w * (t - 0.5)).collect();
+
+                    let mut out = vec![C::ONE; count];
+                    let dots = RowDots { rows: &rows[..], d: &d, origin: &origin, out: &mut out };
+                    arch.dispatch(dots);
+                    close(&what, &out, &products);
+
+                    let [mut one, mut other] = [vec![C::ONE; dim], vec![C::ZERO; dim]];
+                    let [first, second] = [&mut one, &mut other].map(|out| Sum { weights: &w[..count], out });
+                    let (rows, fresh, origin) = (&rows[..], true, &origin[..]);
+                    arch.dispatch(RowSums { rows, fresh, origin, sums: [first, second] });
+                    close(&what, &one, &sums(&plain, 1.0));
+                    close(&what, &other, &sums(&plain, 0.0));
+
+                    let (mut t, mut out) = (vec![C::ZERO; FEW], vec![C::ZERO; dim]);
+                    let step = RowStep { rows, origin, d: &d, w: &w, shift, t: &mut t, out: &mut out };
+                    let sum = arch.dispatch(step);
+                    close(&what, &t[..count], &products.iter().map(|t| t - 0.5).collect::<Vec<_>>());
+                    let scale = C::of_f64(1e-2); // these are products of three numbers
+                    out.iter_mut().for_each(|x| *x *= scale);
+                    close(&what, &out, &sums(&weighted, 0.0).iter().map(|x| 1e-2 * x).collect::<Vec<_>>());
+                    close(&what, &[sum], &[weighted.iter().sum()]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_all_lengths_on_every_instruction_set() {
+        all_sizes::<bf16, f32>();
+        all_sizes::<f16, f32>();
+        all_sizes::<f32, f32>();
+        all_sizes::<f32, f64>();
+        all_sizes::<bf16, f64>();
+        all_sizes::<f64, f64>();
     }
 }

@@ -6,7 +6,7 @@
 use super::amx::{FirstPass, Sums};
 use super::kernels::{Dots, ReadTile, RootScaled, Tokens};
 use super::rows::Sum;
-use super::weighted::Weighted;
+use super::weighted::{Path, Weighted};
 use crate::cpu::block::{AddProduct, Arith};
 use crate::cpu::product::{Left, Right};
 use crate::cpu::rows::ReadRows;
@@ -331,7 +331,6 @@ impl<'a, C: Real> Stream<'a, C> {
                 }
                 found.sum[row] += self.weigh(arch, scores, *reference);
             }
-            ahead.some();
             if in_place {
                 found.image.resize(if self.inputs.bias.is_none() { width } else { 0 }, C::ZERO);
                 let scores = &found.scores[i * n * TILE..];
@@ -342,10 +341,10 @@ impl<'a, C: Real> Stream<'a, C> {
                 let image = Sum { weights: &weighted_scores[..count], out: &mut found.image };
                 let image = (!image.out.is_empty()).then_some(image);
                 arith.count([1 + usize::from(image.is_some()), width, TILE]);
-                self.inputs.k.combine(arch, tokens, mean, image);
-                ahead.some();
+                self.inputs.k.combine(arch, tokens, false, mean, image);
                 continue;
             }
+            ahead.some();
             let (left, right) =
                 (Left { data: &weights, row: TILE, col: 1 }, Right { data: &keys, row: width });
             arith.add_product([n, width, TILE], left, right, &mut found.mean);
@@ -412,6 +411,7 @@ impl<'a, C: Real> Stream<'a, C> {
             value_mean: vec![],
             bad: vec![false; n],
             careful: found.iter().map(|(found, _)| found.careful).collect(),
+            path: Path::default(),
             reference,
         };
         let [size, cross_size, value_size] = match &found[..] {

@@ -1,7 +1,7 @@
 //! What follows the first pass: passes over keys, or keys and values, with softmax weights that are known.
 
 use super::amx;
-use super::kernels::{Dots, RootScaled, Tokens, Weigh};
+use super::kernels::{Dots, RootScaled, Step, Tokens, Weigh};
 use super::rows::{FEW, Sum, by_few};
 use super::stream::{Ahead, MOMENT_ROWS, Row, Stream, add_moments};
 use crate::Real;
@@ -11,7 +11,6 @@ use crate::cpu::product::{Left, Right};
 use crate::cpu::rowwise::RowExp;
 use crate::cpu::solve::{Matrices, Systems, rounding};
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// What moments from the matrix unit may do to a residual, or to an output, before the keys themselves are asked.
 const COARSE: f64 = 2e-5;
@@ -41,6 +40,31 @@ pub struct Weighted<'a, C> {
     pub bad: Vec<bool>,
     /// Some key of a split is not finite: its rows are read as zeros.
     pub careful: Vec<bool>,
+    /// What steps along single vectors found of the tokens' products with them.
+    pub path: Path<C>,
+}
+
+/// The way from 0 to a row's solution, in steps along vectors whose products with all keys are known: so are the solution's, without another
+/// look at the keys.
+#[derive(Default)]
+pub struct Path<C> {
+    /// The sum of steps so far. Where this is not the solution, the products below are not its products.
+    x: Vec<C>,
+    /// By split and token: products with the sum of the steps before the last one, and those with the last step's vector. Keys are less
+    /// the mean key.
+    products: Vec<[Vec<C>; 2]>,
+    /// How long the last step was, and the mean key's product where the vector is the query: scores are then its products.
+    last: C,
+    query: Option<C>,
+}
+
+impl<C: Real> Path<C> {
+    /// Takes the last step's products to those of the steps before it.
+    fn settle(arith: &Arith, [sum, last]: &mut [Vec<C>; 2], length: C) {
+        if length != C::ZERO {
+            arith.combine(sum, C::ONE, length, last);
+        }
+    }
 }
 
 impl<C: Real> Weighted<'_, C> {
@@ -50,6 +74,12 @@ impl<C: Real> Weighted<'_, C> {
             return;
         }
         let (n, arch, reference) = (self.stream.rows.len(), self.stream.run.arch, &self.reference);
+        if let Some(mean) = self.path.query.take() {
+            let length = std::mem::replace(&mut self.path.last, C::ZERO);
+            let of = |scores: &Vec<C>| scores.iter().map(|&score| length * (score - mean)).collect();
+            self.path.products =
+                self.weights.iter().map(|scores| [of(scores), vec![C::ZERO; scores.len()]]).collect();
+        }
         self.weights.par_iter_mut().with_max_len(1).for_each(|scores| {
             for (i, scores) in scores.chunks_exact_mut(TILE).enumerate() {
                 if reference[i % n] == C::NEG_INFINITY {
@@ -95,15 +125,6 @@ impl<C: Real> Weighted<'_, C> {
                         }
                         let (at, next) = ((first, count), first + count..split.end.min(first + count + TILE));
                         let mut next_keys = Ahead::new(stream, stream.inputs.k, next, 2);
-                        if n == 1 && !careful && values.is_none() {
-                            let w = &weights[(i * all + rows[0]) * TILE..][..TILE];
-                            let tokens = first..first + count;
-                            let step = (d, shift[0], &mut products[..]);
-                            if let Some(part) = self.in_place(&arith, tokens, w, step, &mut out) {
-                                sum[0] += part;
-                                continue;
-                            }
-                        }
                         stream.read(stream.inputs.k, &stream.origin, at, &mut keys, careful);
                         let mut next_values = Ahead::new(stream, stream.inputs.v, first..first + count, 2);
                         let mut ahead =
@@ -167,50 +188,82 @@ impl<C: Real> Weighted<'_, C> {
         Some([query.clone(), image])
     }
 
-    /// What a [pass](Self::pass) over keys alone does to a tile for one row, with keys where they lie, if they can be used there.
-    fn in_place(
-        &self,
-        arith: &Arith,
-        tokens: Range<usize>,
-        w: &[C],
-        (d, shift, t): (&[C], C, &mut [C]),
-        out: &mut [C],
-    ) -> Option<C> {
-        let Stream { inputs, place, ref origin, .. } = *self.stream;
-        let mut sum = C::ZERO;
-        for (few, range) in by_few(tokens) {
-            let (t, count) = (&mut t[few.clone()], range.len());
-            let tokens = Tokens { place, range, origin };
-            t[count..].fill(C::ZERO);
-            if !inputs.k.dots(arith.arch, tokens.clone(), d, &mut t[..count]) {
-                return None;
-            }
-            sum += arith.arch.dispatch(Weigh { t, w: &w[few], shift, sign: C::ONE, one: C::ZERO });
-            let sum = Sum { weights: &t[..count], out };
-            inputs.k.combine(arith.arch, tokens, sum, None);
-        }
-        arith.count([1, TILE, self.stream.dim()]);
-        arith.count([1, out.len(), TILE]);
-        Some(sum)
-    }
-
-    /// The output of the only row, with keys and values where they lie, if they can be used there and all are finite.
-    ///
-    /// It is `Σ p_j (1 − (t_j − s)) v_j` with `t_j = k_j·x` and `s = Σ p_j t_j`, over these very products (see [`shifts`]). What is taken for
-    /// `s` at first is `near`; what it errs by, times the mean value, is added.
-    ///
-    /// [`shifts`]: crate::cpu::solve::shifts
-    fn output_in_place(&self, arith: &Arith, x: &[C], near: C, width: usize) -> Option<Vec<C>> {
+    /// What a [pass](Self::pass) over keys alone does for the only row, with keys where they lie, if they can be used there. It keeps their products
+    /// with `d`.
+    fn step_in_place(&mut self, arith: &Arith, d: &[C], shift: C) -> Option<(Vec<C>, Vec<C>)> {
         let Stream { inputs, place, ref origin, ref splits, run, .. } = *self.stream;
         if self.stream.rows.len() > 1 || self.careful.contains(&true) {
             return None;
         }
+        let Path { products, last, .. } = &mut self.path;
+        if products.is_empty() {
+            products.extend(self.weights.iter().map(|w| [vec![C::ZERO; w.len()], vec![C::ZERO; w.len()]]));
+        }
+        let length = std::mem::replace(last, C::ZERO);
+        let parts: Option<Vec<(C, Vec<C>)>> = splits
+            .par_iter()
+            .with_max_len(1)
+            .zip(&self.weights)
+            .zip(products)
+            .map(|((split, weights), products)| {
+                let arith = Arith::new(run.arch);
+                Path::settle(&arith, products, length);
+                let [_, products] = products;
+                let (mut sum, mut out) = (C::ZERO, vec![C::ZERO; origin.len()]);
+                for (i, first, count) in Stream::<C>::tiles(split) {
+                    if !run.goes_on() {
+                        break;
+                    }
+                    let tokens = Tokens { place, range: first..first + count, origin };
+                    let tile = i * TILE..(i + 1) * TILE;
+                    let (w, t) = (&weights[tile.clone()], &mut products[tile]);
+                    sum += inputs.k.step(run.arch, tokens, Step { d, w, shift, t, out: &mut out })?;
+                }
+                Some((sum, out))
+            })
+            .collect();
+        let Some(parts) = parts else {
+            self.path = Path::default();
+            return None;
+        };
+        let (mut sum, mut out) = (C::ZERO, vec![C::ZERO; origin.len()]);
+        for (part, image) in parts {
+            sum += part;
+            out.iter_mut().zip(image).for_each(|(out, x)| *out += x);
+        }
+        arith.count([2, self.stream.keys(), self.stream.dim()]);
+        Some((vec![sum], out))
+    }
+
+    /// The output of the only row, with values, and keys if need be, where they lie, if they can be used there and all are finite.
+    ///
+    /// It is `Σ p_j (1 − (t_j − s)) v_j` with `t_j = k_j·x` and `s = Σ p_j t_j`, over these very products (see [`shifts`]). What is taken for
+    /// `s` at first is `near`; what it errs by, times the mean value, is added. Where `x` was reached by steps that have looked at the keys, the
+    /// products are known.
+    ///
+    /// [`shifts`]: crate::cpu::solve::shifts
+    fn output_in_place(&mut self, arith: &Arith, x: &[C], near: C, width: usize) -> Option<Vec<C>> {
+        let Stream { inputs, place, ref origin, ref splits, run, .. } = *self.stream;
+        if self.stream.rows.len() > 1 || self.careful.contains(&true) {
+            return None;
+        }
+        let Path { x: reached, products, last, .. } = std::mem::take(&mut self.path);
+        let (mut known, near) = if reached == x && products.len() == splits.len() {
+            (products.into_iter().map(Some).collect(), C::ZERO)
+        } else {
+            (splits.iter().map(|_| None).collect::<Vec<_>>(), near)
+        };
         let zeros = vec![C::ZERO; width];
         let parts: Option<Vec<[Vec<C>; 3]>> = splits
             .par_iter()
             .with_max_len(1)
             .zip(&self.weights)
-            .map(|(split, weights)| {
+            .zip(&mut known)
+            .map(|((split, weights), known)| {
+                let arith = Arith::new(run.arch);
+                if let Some(products) = known {
+                    Path::settle(&arith, products, last);
+                }
                 let (mut out, mut mean, mut off) = (zeros.clone(), zeros.clone(), C::ZERO);
                 let mut t = [C::ZERO; FEW];
                 for (i, first, count) in Stream::<C>::tiles(split) {
@@ -218,19 +271,24 @@ impl<C: Real> Weighted<'_, C> {
                         break;
                     }
                     for (few, range) in by_few(first..first + count) {
-                        let (w, count) = (&weights[i * TILE..][few], range.len());
+                        let at = i * TILE + few.start..i * TILE + few.end;
+                        let (w, count) = (&weights[at.clone()], range.len());
                         let keys = Tokens { place, range, origin };
                         let values = Tokens { origin: &zeros, ..keys.clone() };
-                        t[count..].fill(C::ZERO);
-                        if !inputs.k.dots(run.arch, keys, x, &mut t[..count]) {
-                            return None;
+                        if let Some([products, _]) = known {
+                            t.copy_from_slice(&products[at]);
+                        } else {
+                            t[count..].fill(C::ZERO);
+                            if !inputs.k.dots(run.arch, keys, x, &mut t[..count]) {
+                                return None;
+                            }
                         }
                         let [one, zero] = [C::ONE, C::ZERO];
                         off += run.arch.dispatch(Weigh { t: &mut t, w, shift: near, sign: one, one: zero });
                         t.iter_mut().zip(w).for_each(|(t, &w)| *t = w - *t);
                         let sum = Sum { weights: &t[..count], out: &mut out };
                         let other = Sum { weights: &w[..count], out: &mut mean };
-                        if !inputs.v.combine(run.arch, values, sum, Some(other)) {
+                        if !inputs.v.combine(run.arch, values, true, sum, Some(other)) {
                             return None;
                         }
                     }
@@ -245,7 +303,9 @@ impl<C: Real> Weighted<'_, C> {
             }
         }
         let keys = self.stream.keys();
-        arith.count([1, keys, self.stream.dim()]);
+        if known.iter().any(Option::is_none) {
+            arith.count([1, keys, self.stream.dim()]);
+        }
         arith.count([2, keys, width]);
         let ([mut out, mean, off], inv) = (sums, self.inv_sum[0]);
         arith.combine(&mut out, inv, off[0] * inv * inv, &mean);
@@ -338,23 +398,41 @@ impl<C: Real> Matrices<C> for Weighted<'_, C> {
     fn apply(&mut self, arith: &Arith, systems: &Systems<C>, rows: &[usize], d: &[C], out: &mut [C]) {
         self.weigh();
         let width = self.stream.width;
-        let mean = |row: usize| &self.key_mean[row * width..][..width];
+        let at = |row: usize| row * width..(row + 1) * width;
+        let mean = |row: usize| &self.key_mean[at(row)];
         let shift: Vec<C> =
             rows.iter().zip(d.chunks_exact(width)).map(|(&row, d)| arith.dot(d, mean(row))).collect();
+        let d = &d[..rows.len() * width];
+        let in_place = self.step_in_place(arith, d, shift[0]);
         let (sum, image) =
-            self.pass(arith, rows, (&d[..rows.len() * width], &shift), (C::ONE, C::ZERO), None);
+            in_place.unwrap_or_else(|| self.pass(arith, rows, (d, &shift), (C::ONE, C::ZERO), None));
         for (i, &row) in rows.iter().enumerate() {
             let out = &mut out[i * width..][..width];
             let inv = self.inv_sum[row];
             out.copy_from_slice(&image[i * width..][..width]);
-            arith.combine(out, inv, -(sum[i] * inv), mean(row));
+            arith.combine(out, inv, -(sum[i] * inv), &self.key_mean[at(row)]);
             arith.combine(out, C::ONE, systems.ridge[row], &d[i * width..][..width]);
         }
     }
 
-    // Passes of one row wait for memory: measured on two AVX-512 cores, contexts of 32,768, between 2.3 (`bf16`, D = 128) and 5 (`f32`).
+    fn moved(&mut self, arith: &Arith, _: usize, length: C, d: &[C]) {
+        if self.stream.rows.len() > 1 {
+            return;
+        }
+        let x = &mut self.path.x;
+        if x.is_empty() {
+            x.resize(d.len(), C::ZERO);
+        }
+        arith.combine(x, C::ONE, length, d);
+        self.path.last = length;
+        if !self.weighed {
+            self.path.query = Some(arith.dot(d, &self.key_mean));
+        }
+    }
+
+    // Passes of one row wait for memory: measured on two AVX-512 cores, contexts of 32,768, between 1.6 (`bf16`, D = 128) and 4 (`f32`, D = 128), 2 at D = 64.
     fn slowness(&self) -> f64 {
-        if self.rows() == 1 { 4.0 } else { 1.0 }
+        if self.rows() == 1 { 2.0 } else { 1.0 }
     }
 
     fn applies_cheaply(&self) -> bool {
