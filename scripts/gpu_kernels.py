@@ -27,6 +27,14 @@ def up(x, to):
     return (x + to - 1) // to * to
 
 
+def limits(tol, err, cap, grows):
+    """When solves end. `err`: the expected error of the results, or that and what it is for blocks that make no pass where every query sees its
+    sequence from the first token on (`grows`)."""
+    error, growing = err if isinstance(err, tuple) else (err, err)
+    first = growing if grows else error
+    return [f32(tol * tol), f32(error * error), i32(cap), f32(first * first)]
+
+
 class Kernels:
     """Cubins of one folder, loaded when first used."""
 
@@ -134,8 +142,8 @@ class Kernels:
              [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(qh), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
              + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(dv), i64(out.stride(0)), i64(out.stride(1)),
-                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + [f32(tol * tol), f32(err * err), i32(cap), i32(save), i32(save and given is None),
-                                                     i32(diagnostics)])
+                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + limits(tol, err, cap, causal and window is None and offset <= 0 and bias is None)
+             + [i32(save), i32(save and given is None), i32(diagnostics)])
         self.poison(kind, pad, unit, marks, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res)
 
@@ -182,7 +190,7 @@ class Kernels:
         self(solve, "lla_backward_solve", (rows, -(-n // sm)),
              [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(key_mean), ptr(x), ptr(None), ptr(y),
               ptr(amax), ptr(scalars), ptr(dridge), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
-             + [f32(tol * tol), f32(err * err), i32(cap), i32(diagnostics)])
+             + limits(tol, err, cap, causal and window is None and offset <= 0 and bias is None) + [i32(diagnostics)])
         [((xh, yh), (x_unit, y_unit, *_), _)] = self.convert([[t.view(batch, heads, np_, pad)[:, :, :n] for t in (x, y)]], pad, amax)
         dbias = torch.empty(rows, m, device=dev) if has else None
         self(query, "lla_backward_query", (rows, -(-n // qm)),

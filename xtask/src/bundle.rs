@@ -1,5 +1,5 @@
 //! One file for all kernels: a zstd frame around
-//! `"FLLAKRN2"`, the index's length (u32, little endian), the index (JSON), and the cubins one after another.
+//! `"FLLAKRN3"`, the index's length (u32, little endian), the index (JSON), and the cubins one after another.
 //!
 //! The index is `{"toolchain": "...", "kernels": [{"name", "entry", "arch", "dtype", "bm", "bn", "d", "high", "bias", "aligned",
 //! "page_keys", "kind", "registers", "stack", "shared", "offset", "size"}, ..]}`, offsets counted from the first cubin.
@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::json;
 use std::{fs, path::Path};
 
-pub const MAGIC: &[u8; 8] = b"FLLAKRN2";
+pub const MAGIC: &[u8; 8] = b"FLLAKRN3";
 
 /// Writes the bundle, returns its size.
 pub fn write(file: &Path, kernels: &[Kernel]) -> Result<usize> {

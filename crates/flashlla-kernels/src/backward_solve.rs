@@ -56,6 +56,7 @@ pub mod backward_solve {
         tolerance2: f32, // square of the relative residual asked for
         error2: f32, // if positive, a block ends at this mean square of its gradients' expected relative errors instead
         max_iterations: i32,
+        first_error2: f32, // the mean square at which no pass is made
         diagnostics: i32,
     ) {
         let pid: (i32, i32, i32) = get_tile_block_id();
@@ -204,7 +205,8 @@ pub mod backward_solve {
                 known & le_tile(step, four * broadcast_scalar(scale, const_shape![BM, 1]));
             // Half of the lengthening may be wrong.
             let left: Tile<f32, { [BM, 1] }> = spread + quarter * longer * longer;
-            part = select(fits, unfinished::<BM>(nine * left * left, error2, by_output), two);
+            let first_error2: Tile<f32, { [BM, 1] }> = broadcast_scalar(first_error2, const_shape![BM, 1]);
+            part = select(fits, unfinished::<BM>(nine * left * left, first_error2, by_output), two);
             free = step;
         }
         let mut worst: f32 = together::<BM>(select(gt_tile(rr, zero), part, zero));

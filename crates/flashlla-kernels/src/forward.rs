@@ -86,6 +86,7 @@ pub mod forward {
         tolerance2: f32, // square of the relative residual asked for
         error2: f32, // if positive, a block ends at this mean square of its outputs' expected relative errors instead
         max_iterations: i32,
+        first_error2: f32, // the mean square at which no pass is made
         save_lse: i32,
         save_probe: i32,
         diagnostics: i32,
@@ -274,9 +275,22 @@ pub mod forward {
             any_q & le_tile(rr, dd * quarter) & le_tile(noise, thr * sixteenth);
         let theta: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(q_aq, max_tile(q_q, least));
         let beta: Tile<f32, { [BM, 1] }> = select(seeded, zero - quotient::<{ [BM, 1] }>(r_aq, q_aq), zero);
-        // Length of the next step along the conjugate direction, if A acts on it as it does on q.
+        // Length of the next step along the conjugate direction, if A acts on r as it does on q. How far the first pass finds it from that tells the
+        // solve how much A varies.
         let least_part: Tile<f32, { [BM, 1] }> = constant(0.3f32, const_shape![BM, 1]);
-        let curvature: Tile<f32, { [BM, 1] }> = max_tile(theta * rr + beta * r_aq, theta * rr * least_part);
+        let least_curvature: Tile<f32, { [BM, 1] }> = theta * rr * least_part;
+        let curvature: Tile<f32, { [BM, 1] }> = max_tile(theta * rr + beta * r_aq, least_curvature);
+        // Where no pass is made it is the last step, and wants a better length. r is what C q has beside q. Where C is c = q.Cq / q.q along q, with
+        // a variance k2 (so that |C q|^2 / q.Cq is c + k2 / c) and a third moment k3, it is c + k3 / k2 along r. For random keys k3 / k2 is k2 / c
+        // if their weights are equal (Marchenko and Pastur's law), and more if they are not. Twice that left least in all.
+        // (Where C is lost in A, k2 / c is made of roundings.)
+        let thousandth: Tile<f32, { [BM, 1] }> = constant(1.0e-3f32, const_shape![BM, 1]);
+        let not_lost: Tile<f32, { [BM, 1] }> = max_tile(max_tile(q_c, q_aq * thousandth), least);
+        let beside: Tile<f32, { [BM, 1] }> =
+            quotient::<{ [BM, 1] }>(max_tile(c_c - (theta - lam) * q_c, zero), not_lost);
+        let better: Tile<f32, { [BM, 1] }> =
+            max_tile((theta + beside + beside) * rr + beta * r_aq, least_curvature);
+        let shorter: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(curvature, max_tile(better, least));
         let step: Tile<f32, { [BM, 1] }> =
             select(seeded & gt_tile(rr, least), quotient::<{ [BM, 1] }>(rr, curvature), zero);
         // Squared spread of A about theta, relative; twice that bounds what the next step leaves of the residual, roughly.
@@ -298,10 +312,11 @@ pub mod forward {
             let of_keys: Tile<f32, { [BM, 1] }> = max_tile(max_tile(eigen, theta * tenth), least);
             let size: Tile<f32, { [BM, 1] }> = one + alpha * alpha * max_tile(q_c, zero);
             let error2: Tile<f32, { [BM, 1] }> = broadcast_scalar(error2, const_shape![BM, 1]);
+            let first_error2: Tile<f32, { [BM, 1] }> = broadcast_scalar(first_error2, const_shape![BM, 1]);
             let of_probe: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
             let of_probe: Tile<f32, { [BM, 1] }> = of_probe * dd;
-            let output: Tile<f32, { [BM, 1] }> = error2 * size * lam * quotient::<{ [BM, 1] }>(lam, of_keys);
-            first_allowed = max_tile(thr * sixteenth, min_tile(output, of_probe));
+            let output: Tile<f32, { [BM, 1] }> = size * lam * quotient::<{ [BM, 1] }>(lam, of_keys);
+            first_allowed = max_tile(thr * sixteenth, min_tile(first_error2 * output, of_probe));
             // A pass leaves this part of the square: queries that make passes end anywhere between the bound and that part of it, and
             // it is their mean that is asked for.
             let rate_least: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
@@ -309,7 +324,7 @@ pub mod forward {
             let rate: Tile<f32, { [BM, 1] }> = min_tile(max_tile(spread + spread, rate_least), rate_most);
             let minus_ln2: Tile<f32, { [BM, 1] }> = constant(-0.6931472f32, const_shape![BM, 1]);
             let times: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(log2(rate) * minus_ln2, one - rate);
-            let output: Tile<f32, { [BM, 1] }> = output * select(seeded, times, one);
+            let output: Tile<f32, { [BM, 1] }> = error2 * output * select(seeded, times, one);
             allowed = max_tile(thr * sixteenth, min_tile(output, of_probe));
             // What was a bound, for a mean. Where weights are on few keys what is left lies along these, where A is not as it is on
             // average. A query that starts with delta does not know yet how A acts.
@@ -346,6 +361,7 @@ pub mod forward {
             first_unit,
             zero,
         );
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 5i32, shorter);
         let probe: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
         let (record, d, probe): (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) =
             solve::<BM, BN, D, HIGH, BIAS>(
@@ -382,6 +398,9 @@ pub mod forward {
             );
         let free: Tile<f32, { [BM, 1] }> =
             max_tile(pick::<BM>(record, 2i32), zero) * pick::<BM>(record, 3i32);
+        // A pass leaves nothing there.
+        let shorter: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 5i32);
+        let free: Tile<f32, { [BM, 1] }> = free * select(gt_tile(shorter, zero), shorter, one);
         // Without a probe the output is softmax's.
         let mut probe: Tile<f32, { [BM, D] }> =
             if_sound::<BM, D>(add_scaled::<BM, D>(probe, free, d), record, dd);

@@ -2,8 +2,8 @@
 
 use super::driver::{Arguments, Context, Memory, fill, upload};
 use super::plan::{
-    Convert, ConvertScratch, Core, Group, Places, STANDARD_GRADIENT_ERROR, Source, Tables, Variants, aligned,
-    dtype, int, side,
+    Convert, ConvertScratch, Core, GRADIENT_ERRORS, Group, Places, Source, Tables, Variants, aligned, dtype,
+    int, side,
 };
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Diagnostics, Element, Error, Result};
@@ -246,7 +246,7 @@ impl BackwardPlan {
             .then(&common(&self.solve))
             .f32(scale)
             .pointers([ridge.ptr])
-            .then(&core.solve_limits(ridge, STANDARD_GRADIENT_ERROR))
+            .then(&core.solve_limits(ridge, GRADIENT_ERRORS))
             .i32s([i32::from(p.diagnostics.is_some())]);
         let strides = |arguments: Arguments, view: &DeviceView| {
             arguments.i64s([view.strides[0], view.strides[1]]).i32s([view.strides[2] as i32])

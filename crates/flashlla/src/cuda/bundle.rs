@@ -4,7 +4,7 @@
 //!
 //! | bytes | content |
 //! |---|---|
-//! | 8 | `FLLAKRN2` |
+//! | 8 | `FLLAKRN3` |
 //! | 4 | length of the index, little-endian `u32` |
 //! | that many | the index, JSON: an [`Index`] |
 //! | the rest | the cubins; [`Kernel::offset`] counts from here |
@@ -15,7 +15,7 @@ use std::io::Read;
 use std::path::Path;
 
 /// The first bytes inside the frame; the digit is the version of the index and of the kernels' arguments.
-pub const MAGIC: &[u8; 8] = b"FLLAKRN2";
+pub const MAGIC: &[u8; 8] = b"FLLAKRN3";
 /// The most bytes that a bundle may unpack to, against damaged ones.
 const LARGEST: u64 = 1 << 30;
 /// The oldest driver that can load the cubins unless the index says otherwise, as `cuDriverGetVersion` numbers them: CUDA

@@ -2,8 +2,8 @@
 
 use super::driver::{Arguments, Context, Memory};
 use super::plan::{
-    Convert, ConvertScratch, Core, Group, Places, SELDOM, STANDARD_OUTPUT_ERROR, Source, Tables, Variants,
-    aligned, dtype, int, side,
+    Convert, ConvertScratch, Core, Group, OUTPUT_ERRORS, Places, SELDOM, Source, Tables, Variants, aligned,
+    dtype, int, side,
 };
 use super::{DeviceBias, DeviceRidge, DeviceView, Inner, PlanOptions, RawStream};
 use crate::{Attention, Diagnostics, Element, Result};
@@ -191,7 +191,7 @@ impl ForwardPlan {
             .then(&core.by_query(&at.tables, base, self.forward.block[0], p.bias))
             .i32s([int(a.head_dim())]);
         let forward = strides(forward, &p.q).f32(a.scale() as f32).i32s([int(a.value_dim())]);
-        let forward = strides(forward, &p.out).then(&core.solve_limits(ridge, STANDARD_OUTPUT_ERROR)).i32s([
+        let forward = strides(forward, &p.out).then(&core.solve_limits(ridge, OUTPUT_ERRORS)).i32s([
             i32::from(p.lse.is_some()),
             i32::from(p.probe_out.is_some()),
             i32::from(p.diagnostics.is_some()),

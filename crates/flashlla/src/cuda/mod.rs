@@ -16,8 +16,8 @@
 //! - [`Precision::High`](crate::Precision): in two fp16 terms, one more product per pass.
 //!
 //! [`Solver::Auto`](crate::Solver) without a tolerance ends the conjugate gradients of a block of queries in standard precision when
-//! the expected error of its outputs is [`STANDARD_OUTPUT_ERROR`] ([`STANDARD_GRADIENT_ERROR`] of its gradients), in high precision
-//! when every query's relative residual is [`HIGH_TOLERANCE`]; a tolerance that is given is a relative residual. It takes at most
+//! the expected error of its outputs is [`STANDARD_OUTPUT_ERROR`] ([`STANDARD_GRADIENT_ERROR`] of its gradients; more for blocks that make no pass under
+//! a causal mask, where what is left falls along the sequence), in high precision when every query's relative residual is [`HIGH_TOLERANCE`]; a tolerance that is given is a relative residual. It takes at most
 //! `D'` (`4 D'`) steps, D' being the head dimension rounded up to that of the kernels. Where a query has not converged by
 //! then, [`Cuda`] computes the problem again in high precision; a [`ForwardPlan`] does not, because it would have to wait for the
 //! diagnostics. They give every query's steps and relative residual.
