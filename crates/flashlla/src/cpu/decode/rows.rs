@@ -296,9 +296,14 @@ impl<R: Rows, C: Real, const W: usize> WithSimd for RowSums<'_, R, C, W> {
         let mut at = 0;
         // SAFETY: as many registers as are added are below `dim`, which all of these have.
         unsafe {
-            while at + 4 * lanes <= dim {
+            // Two parts of every sum, the origin, a row and its weights have to fit.
+            while (S::REGISTER_COUNT >= 32 || W == 1) && at + 4 * lanes <= dim {
                 add_rows::<R, C, S, W, 4>(simd, &rows, origin, &mut sums, at);
                 at += 4 * lanes;
+            }
+            while S::REGISTER_COUNT < 32 && W > 1 && at + 2 * lanes <= dim {
+                add_rows::<R, C, S, W, 2>(simd, &rows, origin, &mut sums, at);
+                at += 2 * lanes;
             }
             while at + lanes <= dim {
                 add_rows::<R, C, S, W, 1>(simd, &rows, origin, &mut sums, at);
