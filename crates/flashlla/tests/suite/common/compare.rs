@@ -108,7 +108,9 @@ fn floor(name: &str, attention: &Attention, data: &Data, want: &Results) -> f64 
             "dk" => y + gamma * (scale * q + probe),
             "dv" => rms(&data.grad_out) * dv,
             "dridge" => probe * y / d,
-            "dscale" => gamma * a * q * rms(&data.k),
+            // One number for all rows, keys and dimensions: a hundredth would ask single precision for 17 units in the last place of its terms,
+            // and sharp weights took 18.
+            "dscale" => 3.0 * gamma * a * q * rms(&data.k),
             "dbias" => gamma * a,
             "dprobe" => gamma * k,
             _ => unreachable!("{name}"),
