@@ -114,7 +114,10 @@ fn check_directions(engine: AnyEngine, case: &Case) {
         let want: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
         // What one would expect of the product of two vectors of these lengths.
         let typical = gradient.iter().map(|x| x * x).sum::<f64>().sqrt() * size / length;
-        let allowed = 1e-6 * (want.abs() + typical) + 1e-9;
+        // Differences divide by the step what a solve leaves, up to 1e-12 |δ|, which moves outputs by up to D / λ times that: a hundredth of it
+        // is more than was seen (ridges of queries that see one or two keys, which they hardly move).
+        let left = 1e-2 * case.head_dim as f64 / case.ridge;
+        let allowed = 1e-6 * (want.abs() + typical) + 1e-9 * (1.0 + left);
         let error = (slope - want).abs();
         assert!(
             error <= allowed,
