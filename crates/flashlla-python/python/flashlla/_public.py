@@ -79,8 +79,8 @@ def attention(
         solver: "auto" (conjugate gradients, directly where that is cheaper), "cg", or "direct" (CPU only).
         tolerance: relative residual |δ − Ax| / |δ| of conjugate gradients; by default near what the arithmetic resolves: 1e-12
             in float64 and 1e-6 otherwise. On a GPU 1e-4 with precision "high"; with "standard", "cg" takes 3e-3 (2e-3 beyond 64
-            dims), and "auto" ends when the expected error of a block's outputs is 2.2e-3, of its gradients 2.5e-3 (twice that for
-            blocks that make no pass under a causal mask: what is left falls along the sequence).
+            dims), and "auto" ends when the expected error of a block's outputs is 2.2e-3, of its gradients 2.5e-3 (5.4e-3 and
+            5e-3 for blocks that make no pass under a causal mask: what is left falls along the sequence).
         max_iters: the most steps; with "auto" on the CPU the solve is direct from there.
         precision: "standard", or "high": float64 inside on the CPU, two fp16 terms on a GPU.
         layout: the axes of q, k, v, probe and the result: "bhnd", "bnhd", "bnd" (one head), or "nhd" (packed, batch 1).
