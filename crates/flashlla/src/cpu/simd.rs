@@ -4,6 +4,9 @@
 
 use pulp::Simd;
 
+/// The most numbers that a register has, on any instruction set.
+pub const MOST_LANES: usize = 16;
+
 /// A type of arithmetic with vectors of it. Sealed; an implementation detail of [`crate::Real`].
 #[doc(hidden)]
 pub trait SimdReal: Copy + Send + Sync + 'static {
@@ -134,7 +137,6 @@ impl SimdReal for f32 {
         let [a, b, c, d] = simd.deinterleave_shfl_f32s(x);
         let sum = simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d));
         // Within every four lanes there is now one sum for each of the registers (tested below).
-        const MOST_LANES: usize = 16;
         let mut lanes = [0f32; MOST_LANES];
         assert!(size_of::<S::f32s>() <= size_of_val(&lanes));
         // SAFETY: a register of f32 is plain values, and fits the array as just checked.

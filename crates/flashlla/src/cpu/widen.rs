@@ -1,5 +1,6 @@
 //! From storage types to the type of arithmetic, many numbers at a time.
 
+use super::simd::MOST_LANES;
 use crate::{Element, Real};
 use half::{bf16, f16};
 use pulp::Simd;
@@ -24,7 +25,6 @@ pub trait Widen: Copy + 'static {
 /// As there.
 #[inline(always)]
 unsafe fn one_by_one<T: Copy, S: Simd, C: Real>(from: *const T, of: impl Fn(T) -> C) -> C::V<S> {
-    const MOST_LANES: usize = 16;
     assert!(C::lanes::<S>() <= MOST_LANES);
     let mut numbers = [C::ZERO; MOST_LANES];
     // SAFETY: the caller's promise; and the array holds a register's numbers, as just checked.

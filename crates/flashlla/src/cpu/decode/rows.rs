@@ -1,7 +1,7 @@
 //! Products of one query row with keys and values where they lie: they become the type of arithmetic in registers, and are put down nowhere.
 
 use super::kernels::{Weigh, prefetch};
-use crate::cpu::widen::Widen;
+use crate::cpu::simd::MOST_LANES;
 use crate::view::Run;
 use crate::{Element, Real};
 use pulp::{Simd, WithSimd};
@@ -103,16 +103,11 @@ impl<R: Rows, C: Real> RowDots<'_, R, C> {
             let rows = [0, 1, 2, 3].map(|i| rows.row((first + i).min(count - 1)));
             rows.iter().for_each(|row| ask(row));
             let mut sums = [C::splat(simd, C::ZERO); 4];
-            for i in 0..n {
+            for at in (0..n).map(|i| i * lanes) {
                 // SAFETY: registers at multiples of their length below `n`, which all of these have.
                 unsafe {
-                    let at = i * lanes;
-                    let (d, origin) =
-                        (C::load::<S>(d.as_ptr().add(at)), C::load::<S>(origin.as_ptr().add(at)));
-                    for (sum, row) in sums.iter_mut().zip(rows) {
-                        let x = C::v_sub(simd, R::Item::register::<S, C>(simd, row.as_ptr().add(at)), origin);
-                        *sum = C::fma(simd, d, x, *sum);
-                    }
+                    let d = C::load::<S>(d.as_ptr().add(at));
+                    add_products::<R::Item, C, S, 4>(simd, d, rows, origin, at, &mut sums);
                 }
             }
             let rest = n * lanes..dim;
@@ -120,12 +115,8 @@ impl<R: Rows, C: Real> RowDots<'_, R, C> {
                 // The last register of the row, with zeros for what was there before.
                 // SAFETY: rows and `origin` are longer than a register, and `tail` as long.
                 unsafe {
-                    let at = dim - lanes;
-                    let (d, origin) = (C::load::<S>(tail.as_ptr()), C::load::<S>(origin.as_ptr().add(at)));
-                    for (sum, row) in sums.iter_mut().zip(rows) {
-                        let x = C::v_sub(simd, R::Item::register::<S, C>(simd, row.as_ptr().add(at)), origin);
-                        *sum = C::fma(simd, d, x, *sum);
-                    }
+                    let d = C::load::<S>(tail.as_ptr());
+                    add_products::<R::Item, C, S, 4>(simd, d, rows, origin, dim - lanes, &mut sums);
                 }
             }
             let mut sums = C::reduce_four(simd, sums);
@@ -139,6 +130,31 @@ impl<R: Rows, C: Real> RowDots<'_, R, C> {
             out[first..].iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
         }
     }
+}
+
+/// Adds the products of a register of `d` with those from `at` on of some rows less `origin`, which it returns.
+///
+/// # Safety
+/// Rows and `origin` must have a register's numbers from `at` on.
+#[inline(always)]
+unsafe fn add_products<T: Element, C: Real, S: Simd, const G: usize>(
+    simd: S,
+    d: C::V<S>,
+    rows: [&[T]; G],
+    origin: &[C],
+    at: usize,
+    sums: &mut [C::V<S>; 4],
+) -> [C::V<S>; G] {
+    let mut less = [d; G];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let origin = C::load::<S>(origin.as_ptr().add(at));
+        for ((less, sum), row) in less.iter_mut().zip(sums).zip(rows) {
+            *less = C::v_sub(simd, T::register::<S, C>(simd, row.as_ptr().add(at)), origin);
+            *sum = C::fma(simd, d, *less, *sum);
+        }
+    }
+    less
 }
 
 /// What a step of conjugate gradients needs of some rows, all less `origin`: `t_j = d · rows_j − shift`, and `out += Σ_j w_j t_j rows_j`, where
@@ -204,23 +220,13 @@ impl<R: Rows, C: Real> RowStep<'_, R, C> {
             for first in (0..count).step_by(G) {
                 // Rows that are not there are the last one, with a weight of 0.
                 let here: [&[R::Item]; G] = std::array::from_fn(|g| rows.row((first + g).min(count - 1)));
-                here.iter().for_each(|row| {
-                    for line in (0..N * lanes).step_by(64 / size_of::<R::Item>()) {
-                        prefetch(row.as_ptr().wrapping_add(line).wrapping_byte_add(AHEAD));
-                    }
-                });
+                here.iter().for_each(|row| ask(&row[..N * lanes]));
                 let mut sums = [C::splat(simd, C::ZERO); 4];
                 // By columns, as they come.
                 let mut held = [[C::splat(simd, C::ZERO); G]; N];
                 for (i, held) in held.iter_mut().enumerate() {
-                    let at = i * lanes;
-                    let (d, origin) =
-                        (C::load::<S>(d.as_ptr().add(at)), C::load::<S>(origin.as_ptr().add(at)));
-                    for ((held, sum), row) in held.iter_mut().zip(&mut sums).zip(here) {
-                        let x = R::Item::register::<S, C>(simd, row.as_ptr().add(at));
-                        *held = C::v_sub(simd, x, origin);
-                        *sum = C::fma(simd, d, *held, *sum);
-                    }
+                    let d = C::load::<S>(d.as_ptr().add(i * lanes));
+                    *held = add_products::<R::Item, C, S, G>(simd, d, here, origin, i * lanes, &mut sums);
                 }
                 let sums = C::reduce_four(simd, sums);
                 for (g, sum) in sums.into_iter().enumerate().take(G) {
@@ -246,9 +252,6 @@ impl<R: Rows, C: Real> RowStep<'_, R, C> {
         total
     }
 }
-
-/// The most numbers that a register has.
-const MOST_LANES: usize = 16;
 
 /// What lies beyond the last whole register of a row, in the place where it ends the row's last register; zeros before.
 #[inline(always)]
