@@ -27,11 +27,11 @@ def up(x, to):
     return (x + to - 1) // to * to
 
 
-def limits(tol, err, cap, grows):
+def limits(tol, err, cap, options, n, m, offset, bias):
     """When solves end. `err`: the expected error of the results, or that and what it is for blocks that make no pass where every query sees its
-    sequence from the first token on (`grows`)."""
+    sequence from the first token on (which packed sequences given as ranges may do too: not looked at here)."""
     error, growing = err if isinstance(err, tuple) else (err, err)
-    first = growing if grows else error
+    first = growing if options & (CAUSAL | WINDOW | RANGES) == CAUSAL and offset <= 0 and n + offset <= m and bias is None else error
     return [f32(tol * tol), f32(error * error), i32(cap), f32(first * first)]
 
 
@@ -42,11 +42,12 @@ class Kernels:
         self.folder, self.loaded, self.trace = folder, {}, None
         self.names = [f[:-6] for f in sorted(os.listdir(folder)) if f.endswith(".cubin")]
 
-    def find(self, entry, dtype, d, high=False, bias=False, is_aligned=False):
-        """(name, query rows, key rows) of the variant, the unaligned one where no aligned one was compiled."""
+    def find(self, entry, dtype, d, high=False, bias=False, is_aligned=False, usual=False):
+        """(name, query rows, key rows) of the variant, the unaligned one where no aligned one was compiled. `usual`: that without rarer options, where
+        there is one."""
         kind = f"_{dtype}" if dtype else ""
-        for a in ([1] if is_aligned else []) + [0]:
-            pattern = re.compile(rf"{entry}{kind}_m(\d+)_n(\d+)_d{d}_h{int(high)}_b{int(bias)}_a{a}")
+        for which in (["1_usual"] if is_aligned and usual else []) + (["1"] if is_aligned else []) + ["0"]:
+            pattern = re.compile(rf"{entry}{kind}_m(\d+)_n(\d+)_d{d}_h{int(high)}_b{int(bias)}_a{which}")
             for name in self.names:
                 if match := pattern.fullmatch(name):
                     return name, int(match[1]), int(match[2])
@@ -137,12 +138,13 @@ class Kernels:
                     ptr(lo), ptr(hi), i32(0), ptr(bounds), i32(0),
                     ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
         kind, has = NAMES[q.dtype], bias is not None
-        name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out))
+        usual = options & ~(CAUSAL | HEAVY_FIRST) == 0
+        name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out), usual and not diagnostics)
         self(name, "lla_forward", (rows, -(-n // bm)),
              [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(qh), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
              + [i32(d), i64(q.stride(0)), i64(q.stride(1)), i32(q.stride(2)), f32(scale), i32(dv), i64(out.stride(0)), i64(out.stride(1)),
-                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + limits(tol, err, cap, causal and window is None and offset <= 0 and bias is None)
+                i32(out.stride(2))] + [i32(x) for x in lam.stride()] + limits(tol, err, cap, options, n, m, offset, bias)
              + [i32(save), i32(save and given is None), i32(diagnostics)])
         self.poison(kind, pad, unit, marks, out, lse, options, (rows, heads, kv_heads, n, m, mp, offset, window), lo, hi, dv, save)
         return dict(out=out, lse=lse, key_mean=key_mean, probe=probe, iterations=its, residual=res)
@@ -176,8 +178,9 @@ class Kernels:
                     i32(0), ptr(bounds), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
         kind, has = NAMES[q.dtype], bias is not None
         dq, dk, dvv = (torch.empty(t.shape, device=dev, dtype=t.dtype) for t in (q, k, v))
-        solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has)
-        query, qm, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq))
+        usual = options & ~(CAUSAL | HEAVY_FIRST) == 0
+        solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has, True, usual and not diagnostics)
+        query, qm, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq), usual)
         key, _, bn = self.find("lla_backward_key", kind, pad, False, has, aligned(dk) and aligned(dvv))
         y = torch.empty(rows, np_, pad, device=dev)
         amax = torch.empty(2, rows, np_ // 64, device=dev)
@@ -190,7 +193,7 @@ class Kernels:
         self(solve, "lla_backward_solve", (rows, -(-n // sm)),
              [ptr(qgh[0]), ptr(qgh[1]), ptr(kvh[0]), ptr(kvh[1]), ptr(q_unit), ptr(unit), ptr(saved["lse"]), ptr(key_mean), ptr(x), ptr(None), ptr(y),
               ptr(amax), ptr(scalars), ptr(dridge), ptr(its), ptr(res)] + common(sm) + [f32(scale), ptr(lam)] + [i32(s) for s in lam.stride()]
-             + limits(tol, err, cap, causal and window is None and offset <= 0 and bias is None) + [i32(diagnostics)])
+             + limits(tol, err, cap, options, n, m, offset, bias) + [i32(diagnostics)])
         [((xh, yh), (x_unit, y_unit, *_), _)] = self.convert([[t.view(batch, heads, np_, pad)[:, :, :n] for t in (x, y)]], pad, amax)
         dbias = torch.empty(rows, m, device=dev) if has else None
         self(query, "lla_backward_query", (rows, -(-n // qm)),

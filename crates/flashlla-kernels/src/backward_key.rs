@@ -188,10 +188,10 @@ pub mod backward_key {
                         let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(i * BM, n, offset);
                         let range_at: i64 = wide(batch) * wide(range_batch) + wide(i * BM);
                         let row_lo: Tile<i32, { [BM, 1] }> =
-                            first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
+                            first_keys::<BM, 0>(options, pos, m, window, lo, range_at, rows);
                         let row_hi: Tile<i32, { [BM, 1] }> =
-                            end_keys::<BM>(options, pos, m, hi, range_at, rows);
-                        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
+                            end_keys::<BM, 0>(options, pos, m, hi, range_at, rows);
+                        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM, 0>(options, pos);
                         s = select(visible_across::<BM, BN>(row_lo, row_hi, skip, first, rows), s, never);
                     }
                 }

@@ -16,6 +16,7 @@ pub mod backward_query {
         const D: i32,
         const BIAS: i32,
         const ALIGNED: i32,
+        const USUAL: i32,
     >(
         qh: *mut f16,       // [batch * heads, np, D], one unit per head
         gh: *mut f16,       // the same of the output's gradient
@@ -70,21 +71,32 @@ pub mod backward_query {
         let tile: i32 = bh * (np / BM) + mi;
         let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(first, n, offset);
         let range_at: i64 = wide(batch) * wide(range_batch) + wide(first);
-        let row_lo: Tile<i32, { [BM, 1] }> = first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
-        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM>(options, pos, m, hi, range_at, rows);
-        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
+        let row_lo: Tile<i32, { [BM, 1] }> =
+            first_keys::<BM, USUAL>(options, pos, m, window, lo, range_at, rows);
+        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM, USUAL>(options, pos, m, hi, range_at, rows);
+        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM, USUAL>(options, pos);
         // Key tiles [begin, end); every row sees all of [full0, full1).
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
-        let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 =
-            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let begin: i32 =
+            bound::<USUAL>(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        let end: i32 = max(
+            ceil_div(bound::<USUAL>(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN),
+            begin,
+        );
         let mut full0: i32 =
-            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
-        let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        if (full1 <= full0) || ((options & 8i32) != 0i32) {
+            ceil_div(bound::<USUAL>(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let mut full1: i32 =
+            bound::<USUAL>(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        if full1 <= full0 {
             full0 = begin;
             full1 = begin;
+        }
+        if USUAL == 0i32 {
+            if (options & 8i32) != 0i32 {
+                full0 = begin;
+                full1 = begin;
+            }
         }
         let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
@@ -196,7 +208,11 @@ pub mod backward_query {
         let yf: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(y, grid.0 * np, tile);
         let scn: Tile<f32, { [BM, 1] }> = broadcast_scalar(scale, const_shape![BM, 1]);
         let mut grad: Tile<f32, { [BM, D] }> = sk * across::<BM, D>(scn);
-        if (options & 16i32) == 0i32 {
+        let mut solves: bool = true;
+        if USUAL == 0i32 {
+            solves = (options & 16i32) == 0i32;
+        }
+        if solves {
             grad = add_scaled::<BM, D>(grad, share, yf);
         }
         let gb: Tile<E, { [BM, D] }> = convert_tile(grad);

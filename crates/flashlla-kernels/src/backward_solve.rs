@@ -14,6 +14,7 @@ pub mod backward_solve {
         const D: i32,
         const HIGH: i32,
         const BIAS: i32,
+        const USUAL: i32,
     >(
         qh: *mut f16,         // [batch * heads, np, D], one unit per head
         gh: *mut f16,         // the same of the output's gradient
@@ -72,21 +73,32 @@ pub mod backward_solve {
         let tile: i32 = bh * (np / BM) + mi;
         let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(first, n, offset);
         let range_at: i64 = wide(batch) * wide(range_batch) + wide(first);
-        let row_lo: Tile<i32, { [BM, 1] }> = first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
-        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM>(options, pos, m, hi, range_at, rows);
-        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
+        let row_lo: Tile<i32, { [BM, 1] }> =
+            first_keys::<BM, USUAL>(options, pos, m, window, lo, range_at, rows);
+        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM, USUAL>(options, pos, m, hi, range_at, rows);
+        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM, USUAL>(options, pos);
         // Key tiles [begin, end); every row sees all of [full0, full1).
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
-        let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 =
-            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let begin: i32 =
+            bound::<USUAL>(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        let end: i32 = max(
+            ceil_div(bound::<USUAL>(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN),
+            begin,
+        );
         let mut full0: i32 =
-            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
-        let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        if (full1 <= full0) || ((options & 8i32) != 0i32) {
+            ceil_div(bound::<USUAL>(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let mut full1: i32 =
+            bound::<USUAL>(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        if full1 <= full0 {
             full0 = begin;
             full1 = begin;
+        }
+        if USUAL == 0i32 {
+            if (options & 8i32) != 0i32 {
+                full0 = begin;
+                full1 = begin;
+            }
         }
         let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
@@ -210,21 +222,24 @@ pub mod backward_solve {
             free = step;
         }
         let mut worst: f32 = together::<BM>(select(gt_tile(rr, zero), part, zero));
-        if (options & 16i32) != 0i32 {
-            store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
+        let mut solves: bool = true;
+        if USUAL == 0i32 {
+            solves = (options & 16i32) == 0i32;
+        }
+        if USUAL == 0i32 {
+            if (options & 16i32) != 0i32 {
+                store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
+                worst = 0.0f32;
+            }
         }
         let along: Tile<f32, { [BM, 1] }> =
             quotient::<{ [BM, 1] }>(row_dot::<BM, D>(qf, tx) * qun, max_tile(x_x, least));
-        if (options & 16i32) != 0i32 {
-            worst = 0.0f32;
-        }
-        let (first_unit, first_hi, first_lo): (
+        let (_unit, first_hi, first_lo): (
             Tile<f32, { [BM, 1] }>,
             Tile<f16, { [BM, D] }>,
             Tile<f16, { [BM, D] }>,
-        ) = direction::<BM, D, HIGH>(cov);
-        let record: Tile<f32, { [BM, 8] }> =
-            new_record::<BM>(rr, rr * min_tile(spread, one), free, first_unit, zero);
+        ) = direction::<BM, D, HIGH>(cov, rr);
+        let record: Tile<f32, { [BM, 8] }> = new_record::<BM>(rr, rr * min_tile(spread, one), free, rr, zero);
         let nothing: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let (record, d, found): (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) =
             solve::<BM, BN, D, HIGH, BIAS>(
@@ -261,9 +276,9 @@ pub mod backward_solve {
             );
         let mut solution: Tile<f32, { [BM, D] }> = found;
         let free: Tile<f32, { [BM, 1] }> = max_tile(pick::<BM>(record, 2i32), zero);
-        if (options & 16i32) == 0i32 {
+        if solves {
             let whole: Tile<f32, { [BM, D] }> =
-                add_scaled::<BM, D>(solution, free * pick::<BM>(record, 3i32), d);
+                add_scaled::<BM, D>(solution, free * direction_unit::<BM, HIGH>(pick::<BM>(record, 3i32)), d);
             solution = if_sound::<BM, D>(whole, record, rr);
         }
         store_packed::<f32, BM, D>(y, grid.0 * np, tile, solution);
@@ -310,8 +325,17 @@ pub mod backward_solve {
             store_number(amax, wide(bh * blocks + grid.1), 0.0f32);
             store_number(amax, wide((grid.0 + bh) * blocks + grid.1), 0.0f32);
         }
-        if diagnostics != 0i32 {
-            store_diagnostics::<BM>(record, rr, iterations, relative, wide(bh) * wide(n) + wide(first), rows);
+        if USUAL == 0i32 {
+            if diagnostics != 0i32 {
+                store_diagnostics::<BM>(
+                    record,
+                    rr,
+                    iterations,
+                    relative,
+                    wide(bh) * wide(n) + wide(first),
+                    rows,
+                );
+            }
         }
     }
 }

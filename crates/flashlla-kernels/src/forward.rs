@@ -30,7 +30,8 @@ pub mod forward {
         load_rowwise::<f32, BM>(slice::<f32>(ridge, at), row_stride, rows)
     }
 
-    /// `ALIGNED` = 1: bases, strides and columns of q and out are multiples of 16 bytes.
+    /// `ALIGNED` = 1: bases, strides and columns of q and out are multiples of 16 bytes. `USUAL` = 1: options 1 and 32 alone, and no
+    /// diagnostics.
     /// Grid (batch * heads, blocks of BM queries).
     #[cutile::entry(unchecked_accesses = true, optimization_hints = (sm_90 = (max_divisibility = 16,),))]
     pub unsafe fn lla_forward<
@@ -41,6 +42,7 @@ pub mod forward {
         const HIGH: i32,
         const BIAS: i32,
         const ALIGNED: i32,
+        const USUAL: i32,
     >(
         q: *mut E,            // [batch, heads, n, d], strided
         kh: *mut f16,         // [batch * kv_heads, mp, D]
@@ -104,21 +106,32 @@ pub mod forward {
         let tile: i32 = bh * (np / BM) + mi;
         let pos: Tile<i32, { [BM, 1] }> = positions::<BM>(first, n, offset);
         let range_at: i64 = wide(batch) * wide(range_batch) + wide(first);
-        let row_lo: Tile<i32, { [BM, 1] }> = first_keys::<BM>(options, pos, m, window, lo, range_at, rows);
-        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM>(options, pos, m, hi, range_at, rows);
-        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM>(options, pos);
+        let row_lo: Tile<i32, { [BM, 1] }> =
+            first_keys::<BM, USUAL>(options, pos, m, window, lo, range_at, rows);
+        let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM, USUAL>(options, pos, m, hi, range_at, rows);
+        let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM, USUAL>(options, pos);
         // Key tiles [begin, end); every row sees all of [full0, full1).
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
-        let begin: i32 = bound(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 =
-            max(ceil_div(bound(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN), begin);
+        let begin: i32 =
+            bound::<USUAL>(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        let end: i32 = max(
+            ceil_div(bound::<USUAL>(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN),
+            begin,
+        );
         let mut full0: i32 =
-            ceil_div(bound(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
-        let mut full1: i32 = bound(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        if (full1 <= full0) || ((options & 8i32) != 0i32) {
+            ceil_div(bound::<USUAL>(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
+        let mut full1: i32 =
+            bound::<USUAL>(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
+        if full1 <= full0 {
             full0 = begin;
             full1 = begin;
+        }
+        if USUAL == 0i32 {
+            if (options & 8i32) != 0i32 {
+                full0 = begin;
+                full1 = begin;
+            }
         }
         let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
@@ -343,22 +356,28 @@ pub mod forward {
         let start: Tile<f32, { [BM, 1] }> = select(seeded, alpha, zero);
         let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(left, first_allowed, by_output);
         let mut worst: f32 = together::<BM>(select(gt_tile(dd, zero), part, zero));
-        if (options & 16i32) != 0i32 {
+        let mut given: bool = false;
+        if USUAL == 0i32 {
+            given = (options & 16i32) != 0i32;
+        }
+        if given {
             worst = 0.0f32;
         }
         let d: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, beta, qf);
         // Wanted or not: a condition here, or this store behind the loop, and the compiler finds no registers for the passes.
         let stored: Token = store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
-        let (first_unit, first_hi, first_lo): (
+        // r is perpendicular to q.
+        let first_norm2: Tile<f32, { [BM, 1] }> = rr + beta * beta * q_q;
+        let (_unit, first_hi, first_lo): (
             Tile<f32, { [BM, 1] }>,
             Tile<f16, { [BM, D] }>,
             Tile<f16, { [BM, D] }>,
-        ) = direction::<BM, D, HIGH>(d);
+        ) = direction::<BM, D, HIGH>(d, first_norm2);
         let record: Tile<f32, { [BM, 8] }> = new_record::<BM>(
             select(more, rr, zero),
             min_tile(ahead, rr),
             select(gains, step, zero - step),
-            first_unit,
+            first_norm2,
             zero,
         );
         let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 5i32, shorter);
@@ -397,7 +416,7 @@ pub mod forward {
                 m,
             );
         let free: Tile<f32, { [BM, 1] }> =
-            max_tile(pick::<BM>(record, 2i32), zero) * pick::<BM>(record, 3i32);
+            max_tile(pick::<BM>(record, 2i32), zero) * direction_unit::<BM, HIGH>(pick::<BM>(record, 3i32));
         // A pass leaves nothing there.
         let shorter: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 5i32);
         let free: Tile<f32, { [BM, 1] }> = free * select(gt_tile(shorter, zero), shorter, one);
@@ -405,21 +424,29 @@ pub mod forward {
         let mut probe: Tile<f32, { [BM, D] }> =
             if_sound::<BM, D>(add_scaled::<BM, D>(probe, free, d), record, dd);
         let two: Tile<f32, { [BM, 1] }> = constant(2.0f32, const_shape![BM, 1]);
-        if (options & 16i32) != 0i32 {
+        if given {
             probe = load_packed::<f32, BM, D>(x, grid.0 * np, tile);
-        } else {
-            if save_probe != 0i32 {
-                store_packed::<f32, BM, D>(x, grid.0 * np, tile, probe);
-            }
         }
-        if diagnostics != 0i32 {
-            store_diagnostics::<BM>(record, dd, iterations, relative, wide(bh) * wide(n) + wide(first), rows);
+        if save_probe != 0i32 {
+            store_packed::<f32, BM, D>(x, grid.0 * np, tile, probe);
+        }
+        if USUAL == 0i32 {
+            if diagnostics != 0i32 {
+                store_diagnostics::<BM>(
+                    record,
+                    dd,
+                    iterations,
+                    relative,
+                    wide(bh) * wide(n) + wide(first),
+                    rows,
+                );
+            }
         }
 
         // The weights p a must sum to 1 with the probe that is used, not with the exact one: where the mean key is large, the
         // difference is too.
         let (xu, x_hi, x_lo): (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
-            direction::<BM, D, HIGH>(probe);
+            direction::<BM, D, HIGH>(probe, row_dot::<BM, D>(probe, probe));
         let kbar: Tile<f32, { [BM, D] }> =
             load_packed_after::<f32, BM, D>(key_mean, grid.0 * np, tile, stored);
         // p |alpha| <= sqrt(sum p alpha^2) <= sqrt(1 + delta.x)
@@ -428,7 +455,7 @@ pub mod forward {
             row_dot::<BM, D>(kbar, probe) - row_dot::<BM, D>(qf, probe) * qu;
         let mut reach: Tile<f32, { [BM, 1] }> =
             two * sqrt(max_tile(x_delta, zero), rounding::NearestEven, ftz::Disabled);
-        if (options & 16i32) != 0i32 {
+        if given {
             // |alpha| <= |x| |k - kbar|; keys have norm at most 2 sqrt(D) units, and x at most 2, or 32 where there are two terms.
             let mut most: f32 = 128.0f32;
             if HIGH == 1i32 {

@@ -70,9 +70,9 @@ pub mod poison {
                 let pos: Tile<i32, { [64, 1] }> = positions::<64>(first, n, offset);
                 let range_at: i64 = wide(batch) * wide(range_batch) + wide(first);
                 let row_lo: Tile<i32, { [64, 1] }> =
-                    first_keys::<64>(options, pos, m, window, lo, range_at, rows);
-                let row_hi: Tile<i32, { [64, 1] }> = end_keys::<64>(options, pos, m, hi, range_at, rows);
-                let skip: Tile<i32, { [64, 1] }> = skipped_keys::<64>(options, pos);
+                    first_keys::<64, 0>(options, pos, m, window, lo, range_at, rows);
+                let row_hi: Tile<i32, { [64, 1] }> = end_keys::<64, 0>(options, pos, m, hi, range_at, rows);
+                let skip: Tile<i32, { [64, 1] }> = skipped_keys::<64, 0>(options, pos);
                 let chunks: i32 = mp / 64i32;
                 let mut k: Tile<f32, { [64] }> = constant(0.0f32, const_shape![64]);
                 let mut v: Tile<f32, { [64] }> = k;

@@ -1,8 +1,9 @@
 //! Conjugate gradients of a block of queries. Vectors stay in registers between the passes over the keys; numbers per query are in one tile.
 //!
 //! A record, f32 `[BM, 8]`, holds the numbers per query that change from pass to pass: 0 |r|^2 (0 once nothing is to be gained), 1
-//! |r|^2 that counts as reached, 2 last step length, negative if the free step that ends the solve would not gain, 3 unit of the
-//! direction, 4 passes. One tile takes fewer registers than five.
+//! |r|^2 that counts as reached, 2 last step length, negative if the free step that ends the solve would not gain, 3 |d|^2 of the
+//! direction, 4 passes, 5 what shortens the free step before the first pass (the forward's alone), 6 what roundings have left of r
+//! along the direction of the largest curvature, squared, 7 that curvature. One tile takes fewer registers than eight.
 //!
 //! The loops over passes are counted (`for`), with what ends them early inside: what a loop with a condition (`while`) carries, the
 //! compiler keeps in another layout than products have, and moves all of it through shared memory, with some sixty barriers, before
@@ -89,22 +90,32 @@ pub mod state {
         sum
     }
 
-    /// A direction in fp16 as the products take it: its unit, and what is left of it in one term or two.
-    pub fn direction<const BM: i32, const D: i32, const HIGH: i32>(
-        d: Tile<f32, { [BM, D] }>,
-    ) -> (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) {
-        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
-        let norm: Tile<f32, { [BM, 1] }> = sqrt(row_dot::<BM, D>(d, d), rounding::NearestEven, ftz::Disabled);
+    /// The unit of a direction: the power of two below its norm, or a sixteenth of it where there are two terms.
+    pub fn direction_unit<const BM: i32, const HIGH: i32>(
+        norm2: Tile<f32, { [BM, 1] }>,
+    ) -> Tile<f32, { [BM, 1] }> {
+        let norm: Tile<f32, { [BM, 1] }> = sqrt(norm2, rounding::NearestEven, ftz::Disabled);
         let mut unit: Tile<f32, { [BM, 1] }> = pow2_floor::<{ [BM, 1] }>(norm);
         if HIGH == 1i32 {
             let sixteenth: Tile<f32, { [BM, 1] }> = constant(0.0625f32, const_shape![BM, 1]);
             unit = unit * sixteenth;
         }
+        unit
+    }
+
+    /// A direction in fp16 as the products take it: its unit, and what is left of it in one term or two. The square of its norm decides
+    /// the unit alone: a quarter of it more or less does no harm.
+    pub fn direction<const BM: i32, const D: i32, const HIGH: i32>(
+        d: Tile<f32, { [BM, D] }>,
+        norm2: Tile<f32, { [BM, 1] }>,
+    ) -> (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) {
+        let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
+        let unit: Tile<f32, { [BM, 1] }> = direction_unit::<BM, HIGH>(norm2);
         // Below this the square of the norm underflows, and so does what its unit says: such a direction is none.
-        let least: Tile<f32, { [BM, 1] }> = constant(1.0e-18f32, const_shape![BM, 1]);
+        let least: Tile<f32, { [BM, 1] }> = constant(1.0e-36f32, const_shape![BM, 1]);
         let zero: Tile<f32, { [BM, 1] }> = constant(0.0f32, const_shape![BM, 1]);
         let inverse: Tile<f32, { [BM, 1] }> =
-            select(lt_tile(norm, least), zero, quotient::<{ [BM, 1] }>(one, unit));
+            select(lt_tile(norm2, least), zero, quotient::<{ [BM, 1] }>(one, unit));
         let scaled: Tile<f32, { [BM, D] }> = d * across::<BM, D>(inverse);
         let hi: Tile<f16, { [BM, D] }> = convert_tile(scaled);
         let mut lo: Tile<f16, { [BM, D] }> = hi;
@@ -201,7 +212,10 @@ pub mod state {
     /// The step along the direction whose pass gave `acc`: the next record, direction, residual and solution.
     ///
     /// The last step, along the next direction and of this step's length, needs no pass ("free"). Its residual is |r|^2 times what
-    /// this step left of it, plus what the change of the length says.
+    /// this step left of it, plus what the change of the length says, plus what it makes of roundings: a step of length a multiplies
+    /// a part of r that has curvature c by 1 - a c. Where one key has much of the weight, c along it is many times that of the rest: a
+    /// pass along it leaves the roundings of its products there, and every further one multiplies them until they are seen. A free
+    /// step does so unseen.
     pub fn advance<const BM: i32, const D: i32, const HIGH: i32>(
         record: Tile<f32, { [BM, 8] }>,
         acc: Tile<f32, { [BM, D] }>,
@@ -230,7 +244,8 @@ pub mod state {
         }
         let rr: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 0i32);
         let last: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 2i32);
-        let ds: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 3i32);
+        let d_d: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 3i32);
+        let ds: Tile<f32, { [BM, 1] }> = direction_unit::<BM, HIGH>(d_d);
         let d: Tile<f32, { [BM, D] }> = direction_in_unit::<BM, D, HIGH>(d_hi, d_lo) * across::<BM, D>(ds);
         let coef: Tile<f32, { [BM, 1] }> = ds * broadcast_scalar(ku * ku * lowered, const_shape![BM, 1]);
         let ad: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(acc * across::<BM, D>(coef), lam, d);
@@ -240,22 +255,34 @@ pub mod state {
         let r: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(r, zero - a, ad);
         let rn: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(r, r);
         let be: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(rn, rr), zero);
-        let ahead: Tile<f32, { [BM, 1] }> = rn * (be + step_change::<BM>(a, absf(last)));
+        let curvature: Tile<f32, { [BM, 1] }> = select(good, quotient::<{ [BM, 1] }>(dad, rr), zero);
+        let largest: Tile<f32, { [BM, 1] }> = max_tile(pick::<BM>(record, 7i32), curvature);
+        let grows: Tile<f32, { [BM, 1] }> = a * largest - one;
+        let most: Tile<f32, { [BM, 1] }> = constant(1.0e6f32, const_shape![BM, 1]);
+        let grows: Tile<f32, { [BM, 1] }> = min_tile(grows * grows, most);
+        let rounding2: Tile<f32, { [BM, 1] }> = constant(1.0e-6f32, const_shape![BM, 1]);
+        let made: Tile<f32, { [BM, 1] }> = select(le_tile(grows, one), rr * rounding2, zero);
+        let rounded: Tile<f32, { [BM, 1] }> = min_tile(max_tile(pick::<BM>(record, 6i32) * grows, made), rn);
+        let ahead: Tile<f32, { [BM, 1] }> = rn * (be + step_change::<BM>(a, absf(last))) + rounded * grows;
         let gains: Tile<bool, { [BM, 1] }> = le_tile(ahead, rn);
         let more: Tile<bool, { [BM, 1] }> = good & gt_tile(ahead, allowed * tiny);
         let x: Tile<f32, { [BM, D] }> = add_scaled::<BM, D>(x, a, d);
         // A row that has nothing more to gain stays as it is: solution, residual and direction no longer change.
         let good_d: Tile<bool, { [BM, D] }> = good.broadcast(const_shape![BM, D]);
         let next: Tile<f32, { [BM, D] }> = select(good_d, add_scaled::<BM, D>(r, be, d), d);
+        // r is perpendicular to d.
+        let next2: Tile<f32, { [BM, 1] }> = select(good, rn + be * be * d_d, d_d);
         let reached: Tile<f32, { [BM, 1] }> = select(good, min_tile(ahead, rn), pick::<BM>(record, 1i32));
         let step: Tile<f32, { [BM, 1] }> = select(good, select(gains, a, zero - a), last);
         let passes: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 4i32) + select(good, one, zero);
-        let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(ahead, allowed, shared);
+        let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(min_tile(ahead, rn), allowed, shared);
         let worst: f32 = together::<BM>(select(good, part, zero));
-        let (unit, hi, lo): (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
-            direction::<BM, D, HIGH>(next);
+        let (_unit, hi, lo): (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(next, next2);
         let record: Tile<f32, { [BM, 8] }> =
-            new_record::<BM>(select(more, rn, zero), reached, step, unit, passes);
+            new_record::<BM>(select(more, rn, zero), reached, step, next2, passes);
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 6i32, rounded);
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 7i32, largest);
         (record, hi, lo, r, x, worst)
     }
 
@@ -355,14 +382,14 @@ pub mod state {
         rr: Tile<f32, { [BM, 1] }>,
         reached: Tile<f32, { [BM, 1] }>,
         step: Tile<f32, { [BM, 1] }>,
-        unit: Tile<f32, { [BM, 1] }>,
+        norm2: Tile<f32, { [BM, 1] }>,
         passes: Tile<f32, { [BM, 1] }>,
     ) -> Tile<f32, { [BM, 8] }> {
         let record: Tile<f32, { [BM, 8] }> = constant(0.0f32, const_shape![BM, 8]);
         let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 0i32, rr);
         let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 1i32, reached);
         let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 2i32, step);
-        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 3i32, unit);
+        let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 3i32, norm2);
         put::<BM>(record, 4i32, passes)
     }
 

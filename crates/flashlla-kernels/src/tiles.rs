@@ -405,7 +405,8 @@ pub mod tiles {
     }
 
     /// Options of a launch: bits of one i32.
-    /// 1 causal, 2 window, 4 ranges, 8 leave one out, 16 probe given, 32 heavy blocks first.
+    /// 1 causal, 2 window, 4 ranges, 8 leave one out, 16 probe given, 32 heavy blocks first. Kernels with `USUAL` = 1 know 1 and 32
+    /// alone: code that is not run takes time too, for blocks of few keys run more instructions than the cache of them holds.
     ///
     /// Which block of queries a tile block takes.
     pub fn block_index(options: i32, pid: i32, blocks: i32) -> i32 {
@@ -427,7 +428,7 @@ pub mod tiles {
     }
 
     /// First key that each query sees.
-    pub unsafe fn first_keys<const BM: i32>(
+    pub unsafe fn first_keys<const BM: i32, const USUAL: i32>(
         options: i32,
         pos: Tile<i32, { [BM, 1] }>,
         m: i32,
@@ -440,18 +441,20 @@ pub mod tiles {
         let one: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
         let keys: Tile<i32, { [BM, 1] }> = broadcast_scalar(m, const_shape![BM, 1]);
         let mut x: Tile<i32, { [BM, 1] }> = zero;
-        if (options & 2i32) != 0i32 {
-            let w: Tile<i32, { [BM, 1] }> = broadcast_scalar(window, const_shape![BM, 1]);
-            x = pos - w + one;
-        }
-        if (options & 4i32) != 0i32 {
-            x = load_rowwise::<i32, BM>(slice::<i32>(lo, at), 1i32, rows);
+        if USUAL == 0i32 {
+            if (options & 2i32) != 0i32 {
+                let w: Tile<i32, { [BM, 1] }> = broadcast_scalar(window, const_shape![BM, 1]);
+                x = pos - w + one;
+            }
+            if (options & 4i32) != 0i32 {
+                x = load_rowwise::<i32, BM>(slice::<i32>(lo, at), 1i32, rows);
+            }
         }
         min_tile(max_tile(x, zero), keys)
     }
 
     /// One past the last key that each query sees.
-    pub unsafe fn end_keys<const BM: i32>(
+    pub unsafe fn end_keys<const BM: i32, const USUAL: i32>(
         options: i32,
         pos: Tile<i32, { [BM, 1] }>,
         m: i32,
@@ -466,24 +469,31 @@ pub mod tiles {
         if (options & 1i32) != 0i32 {
             x = pos + one;
         }
-        if (options & 4i32) != 0i32 {
-            x = load_rowwise::<i32, BM>(slice::<i32>(hi, at), 1i32, rows);
+        if USUAL == 0i32 {
+            if (options & 4i32) != 0i32 {
+                x = load_rowwise::<i32, BM>(slice::<i32>(hi, at), 1i32, rows);
+            }
         }
         min_tile(max_tile(x, zero), keys)
     }
 
     /// The key that each query leaves out, or -1.
-    pub fn skipped_keys<const BM: i32>(options: i32, pos: Tile<i32, { [BM, 1] }>) -> Tile<i32, { [BM, 1] }> {
+    pub fn skipped_keys<const BM: i32, const USUAL: i32>(
+        options: i32,
+        pos: Tile<i32, { [BM, 1] }>,
+    ) -> Tile<i32, { [BM, 1] }> {
         let mut x: Tile<i32, { [BM, 1] }> = constant(-1i32, const_shape![BM, 1]);
-        if (options & 8i32) != 0i32 {
-            x = pos;
+        if USUAL == 0i32 {
+            if (options & 8i32) != 0i32 {
+                x = pos;
+            }
         }
         x
     }
 
     /// Bounds of a block's visible keys, as scalars: 0 least first key, 1 greatest first key, 2 least end, 3 greatest end.
     /// The engine gives them for ranges; otherwise the first and last query have them.
-    pub unsafe fn bound(
+    pub unsafe fn bound<const USUAL: i32>(
         which: i32,
         options: i32,
         bounds: *mut i32,
@@ -502,14 +512,18 @@ pub mod tiles {
         if (which == 1i32) || (which == 3i32) {
             pos = last + offset;
         }
-        if (which < 2i32) && ((options & 2i32) != 0i32) {
-            x = pos - window + 1i32;
+        if USUAL == 0i32 {
+            if (which < 2i32) && ((options & 2i32) != 0i32) {
+                x = pos - window + 1i32;
+            }
         }
         if (which >= 2i32) && ((options & 1i32) != 0i32) {
             x = pos + 1i32;
         }
-        if (options & 4i32) != 0i32 {
-            x = load_integer(slice::<i32>(bounds, at + wide(which)));
+        if USUAL == 0i32 {
+            if (options & 4i32) != 0i32 {
+                x = load_integer(slice::<i32>(bounds, at + wide(which)));
+            }
         }
         min(max(x, 0i32), m)
     }

@@ -27,7 +27,7 @@ pub struct Variant {
     pub aligned: bool,
     /// Finds keys and values through a block table, in pages of a multiple of so many; 0: without one.
     pub page_keys: i32,
-    /// Which of a kernel's kinds, where there are several.
+    /// Which of a kernel's kinds, where there are several. Of products: 1 for the usual calls (the const generic `USUAL`).
     pub kind: i32,
     warps: i32,
     occupancy: i32,
@@ -72,9 +72,9 @@ pub fn all() -> Vec<Variant> {
 
 /// Every variant, with other tile sizes for those that have products.
 pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
-    let product = |entry, dtype, d, high, bias, aligned| {
+    let product = |entry, dtype, d, high, bias, aligned, usual| {
         let tiles = other.unwrap_or_else(|| tiles(entry, d));
-        product(entry, dtype, d, high, bias, aligned, tiles)
+        product(entry, dtype, d, high, bias, aligned, usual, tiles)
     };
     let mut list = Vec::new();
     for d in [64, 128] {
@@ -180,18 +180,26 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 if aligned && dtype == "f32" {
                     continue;
                 }
-                list.push(product("lla_forward", dtype, d, false, bias, aligned));
-                list.push(product("lla_forward", dtype, d, true, bias, aligned));
-                list.push(product("lla_backward_query", dtype, d, false, bias, aligned));
-                list.push(product("lla_backward_key", dtype, d, false, bias, aligned));
+                list.push(product("lla_forward", dtype, d, false, bias, aligned, false));
+                list.push(product("lla_forward", dtype, d, true, bias, aligned, false));
+                list.push(product("lla_backward_query", dtype, d, false, bias, aligned, false));
+                list.push(product("lla_backward_key", dtype, d, false, bias, aligned, false));
+            }
+            // The usual calls have kernels without what they do not need. (128 wide, `lla_backward_query` spills more so.)
+            if dtype != "f32" {
+                list.push(product("lla_forward", dtype, d, false, false, true, true));
+                if d == 64 {
+                    list.push(product("lla_backward_query", dtype, d, false, false, true, true));
+                }
             }
         }
         let rows = 128 / d;
         list.push(decode("lla_decode_fold", "", d, [d, rows, d * rows].map(|x| x.to_string()).into(), 1, 16));
         for bias in [false, true] {
-            list.push(product("lla_backward_solve", "", d, false, bias, false));
-            list.push(product("lla_backward_solve", "", d, true, bias, false));
+            list.push(product("lla_backward_solve", "", d, false, bias, false, false));
+            list.push(product("lla_backward_solve", "", d, true, bias, false, false));
         }
+        list.push(product("lla_backward_solve", "", d, false, false, true, true));
     }
     list
 }
@@ -314,6 +322,7 @@ fn product(
     high: bool,
     bias: bool,
     aligned: bool,
+    usual: bool,
     (bm, bn, warps, occupancy): Tiles,
 ) -> Variant {
     let (module, ast): (_, fn() -> _) = match entry {
@@ -332,9 +341,18 @@ fn product(
     if !dtype.is_empty() {
         generics.push(flag(aligned));
     }
+    if entry != "lla_backward_key" {
+        generics.push(flag(usual));
+    }
     let kind = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
     Variant {
-        name: format!("{entry}{kind}_m{bm}_n{bn}_d{d}_h{}_b{}_a{}", flag(high), flag(bias), flag(aligned)),
+        name: format!(
+            "{entry}{kind}_m{bm}_n{bn}_d{d}_h{}_b{}_a{}{}",
+            flag(high),
+            flag(bias),
+            flag(aligned),
+            if usual { "_usual" } else { "" }
+        ),
         entry,
         module,
         ast,
@@ -347,7 +365,7 @@ fn product(
         bias,
         aligned,
         page_keys: 0,
-        kind: 0,
+        kind: i32::from(usual),
         warps,
         occupancy,
         tensor: true,

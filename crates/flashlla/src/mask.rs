@@ -113,6 +113,21 @@ impl Mask {
         self.leave_one_out
     }
 
+    /// Whether `queries` queries see contexts that grow with them: each all keys of its sequence up to its own, among `keys` keys, from a
+    /// query on that sees the first one.
+    ///
+    /// ```
+    /// use flashlla::Mask;
+    /// assert!(Mask::causal().grows(100, 100));
+    /// assert!(!Mask::causal().q_offset(50).grows(50, 100)); // the first query sees 51 keys
+    /// assert!(!Mask::causal().window(64).grows(100, 100));
+    /// assert!(!Mask::full().grows(100, 100));
+    /// ```
+    pub fn grows(&self, queries: usize, keys: usize) -> bool {
+        let inside = (queries as i64).saturating_add(self.q_offset) <= keys as i64;
+        self.causal && self.window.is_none() && self.q_offset <= 0 && inside
+    }
+
     /// The keys that query `i` sees among `keys` keys.
     pub fn visible(&self, i: usize, keys: usize) -> Visible {
         let position = (i as i64).saturating_add(self.q_offset);

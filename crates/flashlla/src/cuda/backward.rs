@@ -311,10 +311,14 @@ impl BackwardPlan {
                     self.convert.launch(base, &[group(q, of_queries, q_unit)], stream)?;
                     self.convert_grad.launch(base, &[group(g, of_queries, g_unit)], stream)?;
                 }
-                self.solve.pick(true).launch(grid(&self.solve), &solve, stream)?;
+                self.solve.pick_for(true, p.diagnostics.is_some()).launch(
+                    grid(&self.solve),
+                    &solve,
+                    stream,
+                )?;
                 self.convert_f32.adjust(base, &[group(&states, of_states, x_unit)], false, stream)?;
                 let dq = aligned(&p.dq, a.head_dim(), self.bytes);
-                self.query.pick(dq).launch(grid(&self.query), &query, stream)?;
+                self.query.pick_for(dq, false).launch(grid(&self.query), &query, stream)?;
             }
             if a.keys() > 0 {
                 let whole =

@@ -222,7 +222,11 @@ impl ForwardPlan {
         unsafe {
             self.convert.launch(base, &[keys], stream)?;
             let whole = aligned(&p.q, a.head_dim(), self.bytes) && aligned(&p.out, a.value_dim(), self.bytes);
-            self.forward.pick(whole).launch(grid(&self.forward), &forward, stream)?;
+            self.forward.pick_for(whole, p.diagnostics.is_some()).launch(
+                grid(&self.forward),
+                &forward,
+                stream,
+            )?;
             if poison {
                 self.poison.pick(true).launch(few, &poisoned, stream)?;
             }

@@ -25,7 +25,7 @@ pub const STANDARD_OUTPUT_ERROR: f64 = 2.2e-3;
 /// The same of the gradients of queries, keys and values, for the backward's own solves. What residuals do to gradients was measured
 /// on normal queries, keys and values; where values are functions of the keys, gradients of keys err by twice as much.
 pub const STANDARD_GRADIENT_ERROR: f64 = 2.5e-3;
-/// [`STANDARD_OUTPUT_ERROR`], and what it is for blocks that make no pass where every query sees its sequence from the first token on ([`Core::grows`]).
+/// [`STANDARD_OUTPUT_ERROR`], and what it is for blocks that make no pass where contexts grow with the queries ([`Mask::grows`](crate::Mask::grows)).
 /// What is left then falls with the square of the context: in the mean over a sequence it is at most a quarter of the largest square. Outputs of such
 /// sequences of 512 to 6144 tokens erred by up to 2.2e-3 in all, at λ from 1 to 100.
 pub(super) const OUTPUT_ERRORS: [f64; 2] = [STANDARD_OUTPUT_ERROR, 5.4e-3];
@@ -117,9 +117,11 @@ impl Places {
     }
 }
 
-/// A kernel in its two variants: for tensors that can be accessed 16 bytes at a time, and for any.
+/// A kernel in its variants: for tensors that can be accessed 16 bytes at a time, and for any; and for such tensors without the options that
+/// most calls have no use for.
 #[derive(Debug)]
 pub(super) struct Variants {
+    usual: Arc<Function>,
     aligned: Arc<Function>,
     any: Arc<Function>,
     /// Query rows and key rows of a tile block.
@@ -129,6 +131,11 @@ pub(super) struct Variants {
 impl Variants {
     pub fn pick(&self, aligned: bool) -> &Function {
         if aligned { &self.aligned } else { &self.any }
+    }
+
+    /// The same for a call that may want diagnostics.
+    pub fn pick_for(&self, aligned: bool, diagnostics: bool) -> &Function {
+        if aligned && !diagnostics { &self.usual } else { self.pick(aligned) }
     }
 }
 
@@ -282,17 +289,25 @@ impl Core {
         })
     }
 
-    /// A kernel for this width, in both variants.
+    /// Whether the mask and the probe are those of usual calls, which some kernels have a variant for: all keys or a causal mask, and nothing given.
+    fn is_usual(&self) -> bool {
+        self.options & !(option::CAUSAL | option::HEAVY_FIRST) == 0
+    }
+
+    /// A kernel for this width, in all variants.
     pub fn find(&self, entry: &str, dtype: &str, high: bool, bias: bool) -> Result<Variants> {
         let head_dim = self.width;
         // Most kernels have a variant for any alignment; those that touch no tensor of the caller's only that.
-        let of = |aligned| self.engine.load(Wanted { entry, dtype, head_dim, high, bias, aligned, kind: 0 });
-        let (any, block) = of(false)?;
-        let aligned = match of(true) {
-            Ok((aligned, same)) if same == block => aligned,
-            _ => any.clone(),
+        let of =
+            |aligned, kind| self.engine.load(Wanted { entry, dtype, head_dim, high, bias, aligned, kind });
+        let (any, block) = of(false, 0)?;
+        let variant = |kind, otherwise: &Arc<Function>| match of(true, kind) {
+            Ok((function, same)) if same == block => function,
+            _ => otherwise.clone(),
         };
-        Ok(Variants { aligned, any, block })
+        let aligned = variant(0, &any);
+        let usual = if self.is_usual() { variant(1, &aligned) } else { aligned.clone() };
+        Ok(Variants { usual, aligned, any, block })
     }
 
     /// Queries N', rounded up.
@@ -417,7 +432,10 @@ impl Core {
     /// The arguments of a solve from `ridge_batch` to `first_error2`; the errors are those of the results at which it may end, and at which it needs no
     /// pass where contexts grow.
     pub fn solve_limits(&self, ridge: DeviceRidge, [error, growing]: [f64; 2]) -> Arguments {
-        let first = if self.grows() { growing } else { error };
+        // A bias may hide keys.
+        let grows =
+            self.attention.mask().grows(self.attention.queries(), self.attention.keys()) && !self.has.bias;
+        let first = if grows { growing } else { error };
         let [error2, first2] = [error, first].map(|error| if self.by_error { error * error } else { 0.0 });
         Arguments::new()
             .i32s(ridge.strides)
@@ -425,12 +443,6 @@ impl Core {
             .f32(error2 as f32)
             .i32s([self.max_iters])
             .f32(first2 as f32)
-    }
-
-    /// Whether every query sees all of its sequence up to itself, from the first token on, and no bias hides any of it.
-    fn grows(&self) -> bool {
-        let mask = self.attention.mask();
-        mask.is_causal() && mask.window_len().is_none() && mask.offset() <= 0 && !self.has.bias
     }
 
     /// Whether a query stopped short of what its solve aims for.

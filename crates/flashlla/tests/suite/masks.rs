@@ -32,6 +32,38 @@ proptest! {
             prop_assert!((0..keys).all(|j| visible.contains(j) == sees(&mask, i, j)));
         }
     }
+
+    #[test]
+    fn contexts_that_grow_begin_with_a_token_and_grow_by_one((queries, keys, mask) in mask()) {
+        if mask.grows(queries, keys) {
+            let mut before = None;
+            for i in 0..queries {
+                let visible = mask.visible(i, keys);
+                let range = visible.start..visible.end;
+                let first = range.is_empty() || range.len() == 1;
+                let one_more = before == Some((visible.start, visible.end.wrapping_sub(1)));
+                prop_assert!(first || one_more, "query {i} of {mask:?} sees {range:?} after {before:?}");
+                before = Some((visible.start, visible.end));
+            }
+        }
+    }
+}
+
+#[test]
+fn contexts_grow_under_causal_masks_from_the_first_token_on() {
+    for (mask, queries, keys, grows) in [
+        (Mask::causal(), 8, 8, true),
+        (Mask::causal(), 8, 9, true),
+        (Mask::causal(), 9, 8, false), // the last two see the same keys
+        (Mask::causal().q_offset(-3), 8, 5, true),
+        (Mask::causal().q_offset(1), 7, 8, false),
+        (Mask::causal().cu_seqlens([0, 3, 8]), 8, 8, true),
+        (Mask::causal().leave_one_out(), 8, 8, true),
+        (Mask::causal().window(8), 8, 8, false),
+        (Mask::full(), 8, 8, false),
+    ] {
+        assert_eq!(mask.grows(queries, keys), grows, "{mask:?}, {queries} queries, {keys} keys");
+    }
 }
 
 #[test]
