@@ -11,6 +11,7 @@ CAUSAL, WINDOW, RANGES, LEAVE_ONE_OUT, GIVEN, HEAVY_FIRST = (1 << i for i in ran
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 i32, i64, f32 = np.int32, np.int64, np.float32
 SELDOM = 8  # blocks' worth of work of a block in kernels that nearly always find nothing to do, as in crates/flashlla/src/cuda/plan.rs
+LONG_FROM = {"lla_forward": 1536, "lla_backward_solve": 3072}  # mean keys per query from which on larger tiles are faster, as there
 
 
 def ptr(tensor):
@@ -35,6 +36,11 @@ def limits(tol, err, cap, options, n, m, offset, bias):
     return [f32(tol * tol), f32(error * error), i32(cap), f32(first * first)]
 
 
+def mean_keys(n, m, causal, offset):
+    """Keys that a query sees, in the mean over the queries."""
+    return min(max(offset + n // 2, 0), m) if causal else m
+
+
 class Kernels:
     """Cubins of one folder, loaded when first used."""
 
@@ -42,15 +48,16 @@ class Kernels:
         self.folder, self.loaded, self.trace = folder, {}, None
         self.names = [f[:-6] for f in sorted(os.listdir(folder)) if f.endswith(".cubin")]
 
-    def find(self, entry, dtype, d, high=False, bias=False, is_aligned=False, usual=False):
+    def find(self, entry, dtype, d, high=False, bias=False, is_aligned=False, usual=False, keys=0):
         """(name, query rows, key rows) of the variant, the unaligned one where no aligned one was compiled. `usual`: that without rarer options, where
-        there is one."""
+        there is one; of these that with larger tiles where a query sees many `keys` in the mean."""
         kind = f"_{dtype}" if dtype else ""
         for which in (["1_usual"] if is_aligned and usual else []) + (["1"] if is_aligned else []) + ["0"]:
             pattern = re.compile(rf"{entry}{kind}_m(\d+)_n(\d+)_d{d}_h{int(high)}_b{int(bias)}_a{which}")
-            for name in self.names:
-                if match := pattern.fullmatch(name):
-                    return name, int(match[1]), int(match[2])
+            tiles = [(int(match[2]), int(match[1]), name) for name in self.names if (match := pattern.fullmatch(name))]
+            if tiles:
+                n, m, name = max(tiles) if keys >= LONG_FROM.get(entry, 0) else min(tiles)
+                return name, m, n
         raise KeyError(f"no {entry} for {dtype} d={d} high={high} bias={bias} in {self.folder}")
 
     def __call__(self, name, entry, grid, args):
@@ -139,7 +146,7 @@ class Kernels:
                     ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
         kind, has = NAMES[q.dtype], bias is not None
         usual = options & ~(CAUSAL | HEAVY_FIRST) == 0
-        name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out), usual and not diagnostics)
+        name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out), usual and not diagnostics, mean_keys(n, m, causal, offset))
         self(name, "lla_forward", (rows, -(-n // bm)),
              [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(qh), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
@@ -179,7 +186,7 @@ class Kernels:
         kind, has = NAMES[q.dtype], bias is not None
         dq, dk, dvv = (torch.empty(t.shape, device=dev, dtype=t.dtype) for t in (q, k, v))
         usual = options & ~(CAUSAL | HEAVY_FIRST) == 0
-        solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has, True, usual and not diagnostics)
+        solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has, True, usual and not diagnostics, mean_keys(n, m, causal, offset))
         query, qm, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq), usual)
         key, _, bn = self.find("lla_backward_key", kind, pad, False, has, aligned(dk) and aligned(dvv))
         y = torch.empty(rows, np_, pad, device=dev)

@@ -27,7 +27,8 @@ pub struct Variant {
     pub aligned: bool,
     /// Finds keys and values through a block table, in pages of a multiple of so many; 0: without one.
     pub page_keys: i32,
-    /// Which of a kernel's kinds, where there are several. Of products: 1 for the usual calls (the const generic `USUAL`).
+    /// Which of a kernel's kinds, where there are several. Of kernels that have products: [`FOR_ALL`],
+    /// [`FOR_USUAL`] or [`FOR_LONG`].
     pub kind: i32,
     warps: i32,
     occupancy: i32,
@@ -47,6 +48,13 @@ impl Variant {
     }
 }
 
+/// The kind for any call.
+const FOR_ALL: i32 = 0;
+/// The kind for usual calls, without code for rarer options (the const generic `USUAL`).
+const FOR_USUAL: i32 = 1;
+/// The same for queries with many keys.
+const FOR_LONG: i32 = 2;
+
 /// Tile sizes (query rows, key rows), worker warps and tile blocks per SM, chosen by measurement on an H100.
 fn tiles(entry: &str, d: i32) -> Tiles {
     match (entry, d) {
@@ -62,6 +70,10 @@ fn tiles(entry: &str, d: i32) -> Tiles {
     }
 }
 
+/// Tiles of `lla_forward` and `lla_backward_solve`, 64 wide, for queries with many keys: a tile of keys takes less time per key, but there is more of it behind a causal
+/// mask's edge, and what runs once per pass spills more.
+const LONG: Tiles = (64, 128, 4, 2);
+
 /// Tile sizes to try in place of those that were chosen: query rows, key rows, worker warps, tile blocks per SM.
 pub type Tiles = (i32, i32, i32, i32);
 
@@ -72,12 +84,14 @@ pub fn all() -> Vec<Variant> {
 
 /// Every variant, with other tile sizes for those that have products.
 pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
-    let product = |entry, dtype, d, high, bias, aligned, usual| {
-        let tiles = other.unwrap_or_else(|| tiles(entry, d));
-        product(entry, dtype, d, high, bias, aligned, usual, tiles)
+    let product = |entry, dtype, d, high, bias, aligned, kind| {
+        let tiles = other.unwrap_or_else(|| if kind == FOR_LONG { LONG } else { tiles(entry, d) });
+        product(entry, dtype, d, high, bias, aligned, kind, tiles)
     };
     let mut list = Vec::new();
     for d in [64, 128] {
+        // With other tiles these would be the same as those for usual calls.
+        let long = d == 64 && other.is_none();
         for dtype in ["bf16", "f16", "f32"] {
             list.push(Variant {
                 name: format!("lla_poison_{dtype}_d{d}"),
@@ -180,26 +194,32 @@ pub fn with_tiles(other: Option<Tiles>) -> Vec<Variant> {
                 if aligned && dtype == "f32" {
                     continue;
                 }
-                list.push(product("lla_forward", dtype, d, false, bias, aligned, false));
-                list.push(product("lla_forward", dtype, d, true, bias, aligned, false));
-                list.push(product("lla_backward_query", dtype, d, false, bias, aligned, false));
-                list.push(product("lla_backward_key", dtype, d, false, bias, aligned, false));
+                list.push(product("lla_forward", dtype, d, false, bias, aligned, FOR_ALL));
+                list.push(product("lla_forward", dtype, d, true, bias, aligned, FOR_ALL));
+                list.push(product("lla_backward_query", dtype, d, false, bias, aligned, FOR_ALL));
+                list.push(product("lla_backward_key", dtype, d, false, bias, aligned, FOR_ALL));
             }
             // The usual calls have kernels without what they do not need. (128 wide, `lla_backward_query` spills more so.)
             if dtype != "f32" {
-                list.push(product("lla_forward", dtype, d, false, false, true, true));
+                list.push(product("lla_forward", dtype, d, false, false, true, FOR_USUAL));
                 if d == 64 {
-                    list.push(product("lla_backward_query", dtype, d, false, false, true, true));
+                    list.push(product("lla_backward_query", dtype, d, false, false, true, FOR_USUAL));
+                }
+                if long {
+                    list.push(product("lla_forward", dtype, d, false, false, true, FOR_LONG));
                 }
             }
         }
         let rows = 128 / d;
         list.push(decode("lla_decode_fold", "", d, [d, rows, d * rows].map(|x| x.to_string()).into(), 1, 16));
         for bias in [false, true] {
-            list.push(product("lla_backward_solve", "", d, false, bias, false, false));
-            list.push(product("lla_backward_solve", "", d, true, bias, false, false));
+            list.push(product("lla_backward_solve", "", d, false, bias, false, FOR_ALL));
+            list.push(product("lla_backward_solve", "", d, true, bias, false, FOR_ALL));
         }
-        list.push(product("lla_backward_solve", "", d, false, false, true, true));
+        list.push(product("lla_backward_solve", "", d, false, false, true, FOR_USUAL));
+        if long {
+            list.push(product("lla_backward_solve", "", d, false, false, true, FOR_LONG));
+        }
     }
     list
 }
@@ -322,7 +342,7 @@ fn product(
     high: bool,
     bias: bool,
     aligned: bool,
-    usual: bool,
+    kind: i32,
     (bm, bn, warps, occupancy): Tiles,
 ) -> Variant {
     let (module, ast): (_, fn() -> _) = match entry {
@@ -342,16 +362,16 @@ fn product(
         generics.push(flag(aligned));
     }
     if entry != "lla_backward_key" {
-        generics.push(flag(usual));
+        generics.push(flag(kind != FOR_ALL));
     }
-    let kind = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
+    let of_type = if dtype.is_empty() { String::new() } else { format!("_{dtype}") };
     Variant {
         name: format!(
-            "{entry}{kind}_m{bm}_n{bn}_d{d}_h{}_b{}_a{}{}",
+            "{entry}{of_type}_m{bm}_n{bn}_d{d}_h{}_b{}_a{}{}",
             flag(high),
             flag(bias),
             flag(aligned),
-            if usual { "_usual" } else { "" }
+            if kind == FOR_ALL { "" } else { "_usual" }
         ),
         entry,
         module,
@@ -365,7 +385,7 @@ fn product(
         bias,
         aligned,
         page_keys: 0,
-        kind: i32::from(usual),
+        kind,
         warps,
         occupancy,
         tensor: true,
