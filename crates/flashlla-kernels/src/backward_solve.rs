@@ -225,8 +225,6 @@ pub mod backward_solve {
         let mut solves: bool = true;
         if USUAL == 0i32 {
             solves = (options & 16i32) == 0i32;
-        }
-        if USUAL == 0i32 {
             if (options & 16i32) != 0i32 {
                 store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
                 worst = 0.0f32;

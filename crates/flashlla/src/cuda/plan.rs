@@ -316,16 +316,22 @@ impl Core {
         let of =
             |aligned, kind| self.engine.load(Wanted { entry, dtype, head_dim, high, bias, aligned, kind });
         let (any, block) = of(false, 0)?;
-        let variant = |kind, otherwise: &Arc<Function>| match of(true, kind) {
-            Ok((function, other)) if other[0] == block[0] => function,
-            _ => otherwise.clone(),
+        let first_of = |kinds: &[u32]| {
+            kinds.iter().find_map(|&kind| match of(true, kind) {
+                // Those for long contexts have other key rows, which nobody asks these kernels for.
+                Ok((function, [queries, keys])) if queries == block[0] && (keys == block[1] || kind == 2) => {
+                    Some(function)
+                }
+                _ => None,
+            })
         };
-        let aligned = variant(0, &any);
-        let usual = match self.is_usual() {
-            true if self.mean_keys() >= long_from(entry) => variant(2, &variant(1, &aligned)),
-            true => variant(1, &aligned),
-            false => aligned.clone(),
+        let aligned = first_of(&[0]).unwrap_or_else(|| any.clone());
+        let kinds: &[u32] = match self.is_usual() {
+            true if self.mean_keys() >= long_from(entry) => &[2, 1],
+            true => &[1],
+            false => &[],
         };
+        let usual = first_of(kinds).unwrap_or_else(|| aligned.clone());
         Ok(Variants { usual, aligned, any, block })
     }
 
