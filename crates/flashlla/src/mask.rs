@@ -124,7 +124,8 @@ impl Mask {
     /// assert!(!Mask::full().grows(100, 100));
     /// ```
     pub fn grows(&self, queries: usize, keys: usize) -> bool {
-        let inside = (queries as i64).saturating_add(self.q_offset) <= keys as i64;
+        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let inside = count(queries).saturating_add(self.q_offset) <= count(keys);
         self.causal && self.window.is_none() && self.q_offset <= 0 && inside
     }
 

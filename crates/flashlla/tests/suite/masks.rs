@@ -76,4 +76,5 @@ fn extreme_offsets_and_windows_do_not_overflow() {
     assert_eq!(seen(Mask::causal().q_offset(i64::MAX - 1).window(usize::MAX)), [0, 1, 2, 3, 4]);
     assert_eq!(seen(Mask::causal().q_offset(4).window(usize::MAX)), [0, 1, 2, 3, 4]);
     assert_eq!(seen(Mask::causal().q_offset(i64::MIN).window(usize::MAX).leave_one_out()), nothing);
+    assert!(!Mask::causal().grows(usize::MAX, 5) && Mask::causal().q_offset(i64::MIN).grows(usize::MAX, 5));
 }
