@@ -219,8 +219,10 @@ def timings(kernels):
         rows = torch.cat([torch.arange(256, device="cuda"), torch.randint(256, n, (256,), device="cuda").sort()[0]])
         errs, grads = [], []
         for ridge in (10.0, 1.0):
-            got = kernels.forward(q, k, v, ridge, **ahead, diagnostics=True)
-            passes = got["iterations"].float().mean().item() if ridge == 10.0 else passes
+            if ridge == 10.0:
+                passes = kernels.forward(q, k, v, ridge, **ahead, diagnostics=True)["iterations"].float().mean().item()
+            # Of the kernels that are timed: diagnostics take others.
+            got = kernels.forward(q, k, v, ridge, **ahead)
             errs.append(error(got["out"][:, part, rows], reference(q[:, part], k[:, part], v[:, part], ridge, visible(n, n), rows=rows)[0]))
             if n <= 1024:
                 got = kernels.backward(q, k, v, g, kernels.forward(q, k, v, ridge, **ahead, save=True), ridge, **back_too)

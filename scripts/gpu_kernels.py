@@ -41,6 +41,11 @@ def mean_keys(n, m, causal, offset):
     return min(max(offset + n // 2, 0), m) if causal else m
 
 
+def usual(options, diagnostics=False):
+    """Whether kernels without code for rarer options will do."""
+    return options & ~(CAUSAL | HEAVY_FIRST) == 0 and not diagnostics
+
+
 class Kernels:
     """Cubins of one folder, loaded when first used."""
 
@@ -145,8 +150,7 @@ class Kernels:
                     ptr(lo), ptr(hi), i32(0), ptr(bounds), i32(0),
                     ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
         kind, has = NAMES[q.dtype], bias is not None
-        usual = options & ~(CAUSAL | HEAVY_FIRST) == 0
-        name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out), usual and not diagnostics, mean_keys(n, m, causal, offset))
+        name, bm, _ = self.find("lla_forward", kind, pad, high, has, aligned(q) and aligned(out), usual(options, diagnostics), mean_keys(n, m, causal, offset))
         self(name, "lla_forward", (rows, -(-n // bm)),
              [ptr(q), ptr(kvh[0]), ptr(kvh[1]), ptr(unit), ptr(qh), ptr(out), ptr(key_mean), ptr(probe), ptr(lse), ptr(lam), ptr(its), ptr(res)]
              + common(bm)
@@ -185,9 +189,8 @@ class Kernels:
                     i32(0), ptr(bounds), i32(0), ptr(bias), i32(0 if bias is None else bias.stride(0)), i32(0 if bias is None else bias.stride(1))]
         kind, has = NAMES[q.dtype], bias is not None
         dq, dk, dvv = (torch.empty(t.shape, device=dev, dtype=t.dtype) for t in (q, k, v))
-        usual = options & ~(CAUSAL | HEAVY_FIRST) == 0
-        solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has, True, usual and not diagnostics, mean_keys(n, m, causal, offset))
-        query, qm, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq), usual)
+        solve, sm, _ = self.find("lla_backward_solve", "", pad, high, has, True, usual(options, diagnostics), mean_keys(n, m, causal, offset))
+        query, qm, _ = self.find("lla_backward_query", kind, pad, False, has, aligned(dq), usual(options))
         key, _, bn = self.find("lla_backward_key", kind, pad, False, has, aligned(dk) and aligned(dvv))
         y = torch.empty(rows, np_, pad, device=dev)
         amax = torch.empty(2, rows, np_ // 64, device=dev)

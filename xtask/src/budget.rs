@@ -1,6 +1,9 @@
 //! What a cubin uses, read from it without a GPU, and what it may use.
 
-use crate::{kernels::Kernel, toolchain::Toolchain};
+use crate::{
+    kernels::{Kernel, Variant},
+    toolchain::Toolchain,
+};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -108,11 +111,12 @@ fn loop_spills(code: &[(u64, &str)]) -> u32 {
 
 /// Most bytes of stack and most spills per trip of the inner loop: what the kernels had when they were measured, rounded up. The
 /// variants that most calls use (`plain`) spill next to nothing inside their loops; two terms, a bias, and f32 tensors cost registers.
-fn limits(entry: &str, plain: bool) -> (u32, u32) {
-    match (entry, plain) {
-        ("lla_forward", true) => (512, 0),
+fn limits(variant: &Variant) -> (u32, u32) {
+    match (variant.entry.as_str(), variant.is_plain()) {
+        ("lla_forward" | "lla_backward_solve", true) if variant.is_for_long() => (512, 0),
+        ("lla_forward", true) => (320, 0),
         ("lla_forward", false) => (1000, 150),
-        ("lla_backward_solve", true) => (512, 0),
+        ("lla_backward_solve", true) => (260, 0),
         ("lla_backward_solve", false) => (900, 110),
         ("lla_backward_query", _) => (560, 0),
         ("lla_backward_key", true) => (32, 0),
@@ -134,7 +138,7 @@ fn limits(entry: &str, plain: bool) -> (u32, u32) {
 pub fn check(kernels: &[Kernel]) -> Result<()> {
     let mut over = Vec::new();
     for k in kernels.iter().filter(|k| k.arch == "sm_90") {
-        let (f, (stack, spills)) = (&k.facts, limits(&k.variant.entry, k.variant.is_plain()));
+        let (f, (stack, spills)) = (&k.facts, limits(&k.variant));
         if f.stack > stack || f.loop_spills > spills {
             over.push(format!(
                 "{}: {} bytes of stack (at most {stack}), {} spills in the inner loop (at most {spills})",

@@ -54,6 +54,11 @@ impl Variant {
         self.dtype != "f32" && self.numbers[3] == 0 && self.numbers[4] == 0
     }
 
+    /// Larger tiles, for queries that see many keys: they spill more between the loops.
+    pub fn is_for_long(&self) -> bool {
+        self.numbers[8] == 2
+    }
+
     /// Whether it must use tensor cores and bulk copies.
     pub fn tensor(&self) -> bool {
         self.numbers[6] == 1

@@ -75,29 +75,10 @@ pub mod backward_query {
             first_keys::<BM, USUAL>(options, pos, m, window, lo, range_at, rows);
         let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM, USUAL>(options, pos, m, hi, range_at, rows);
         let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM, USUAL>(options, pos);
-        // Key tiles [begin, end); every row sees all of [full0, full1).
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
-        let begin: i32 =
-            bound::<USUAL>(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(
-            ceil_div(bound::<USUAL>(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN),
-            begin,
-        );
-        let mut full0: i32 =
-            ceil_div(bound::<USUAL>(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
-        let mut full1: i32 =
-            bound::<USUAL>(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        if full1 <= full0 {
-            full0 = begin;
-            full1 = begin;
-        }
-        if USUAL == 0i32 {
-            if (options & 8i32) != 0i32 {
-                full0 = begin;
-                full1 = begin;
-            }
-        }
+        let (begin, end, full0, full1): (i32, i32, i32, i32) =
+            key_tiles::<BN, USUAL>(options, bounds, bounds_at, first, last, offset, m, window);
         let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
         let kv0: i32 = kv * (mp / BN);
@@ -208,11 +189,8 @@ pub mod backward_query {
         let yf: Tile<f32, { [BM, D] }> = load_packed::<f32, BM, D>(y, grid.0 * np, tile);
         let scn: Tile<f32, { [BM, 1] }> = broadcast_scalar(scale, const_shape![BM, 1]);
         let mut grad: Tile<f32, { [BM, D] }> = sk * across::<BM, D>(scn);
-        let mut solves: bool = true;
-        if USUAL == 0i32 {
-            solves = (options & 16i32) == 0i32;
-        }
-        if solves {
+        let given: bool = asked::<USUAL>(options, 16i32);
+        if given == false {
             grad = add_scaled::<BM, D>(grad, share, yf);
         }
         let gb: Tile<E, { [BM, D] }> = convert_tile(grad);

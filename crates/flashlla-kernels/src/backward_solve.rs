@@ -77,29 +77,10 @@ pub mod backward_solve {
             first_keys::<BM, USUAL>(options, pos, m, window, lo, range_at, rows);
         let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM, USUAL>(options, pos, m, hi, range_at, rows);
         let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM, USUAL>(options, pos);
-        // Key tiles [begin, end); every row sees all of [full0, full1).
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
-        let begin: i32 =
-            bound::<USUAL>(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(
-            ceil_div(bound::<USUAL>(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN),
-            begin,
-        );
-        let mut full0: i32 =
-            ceil_div(bound::<USUAL>(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
-        let mut full1: i32 =
-            bound::<USUAL>(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        if full1 <= full0 {
-            full0 = begin;
-            full1 = begin;
-        }
-        if USUAL == 0i32 {
-            if (options & 8i32) != 0i32 {
-                full0 = begin;
-                full1 = begin;
-            }
-        }
+        let (begin, end, full0, full1): (i32, i32, i32, i32) =
+            key_tiles::<BN, USUAL>(options, bounds, bounds_at, first, last, offset, m, window);
         let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
         let kv0: i32 = kv * (mp / BN);
@@ -222,21 +203,15 @@ pub mod backward_solve {
             free = step;
         }
         let mut worst: f32 = together::<BM>(select(gt_tile(rr, zero), part, zero));
-        let mut solves: bool = true;
-        if USUAL == 0i32 {
-            solves = (options & 16i32) == 0i32;
-            if (options & 16i32) != 0i32 {
-                store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
-                worst = 0.0f32;
-            }
+        let given: bool = asked::<USUAL>(options, 16i32);
+        if given {
+            store_packed::<f32, BM, D>(c, grid.0 * np, tile, cov);
+            worst = 0.0f32;
         }
         let along: Tile<f32, { [BM, 1] }> =
             quotient::<{ [BM, 1] }>(row_dot::<BM, D>(qf, tx) * qun, max_tile(x_x, least));
-        let (_unit, first_hi, first_lo): (
-            Tile<f32, { [BM, 1] }>,
-            Tile<f16, { [BM, D] }>,
-            Tile<f16, { [BM, D] }>,
-        ) = direction::<BM, D, HIGH>(cov, rr);
+        let (first_hi, first_lo): (Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(cov, rr);
         let record: Tile<f32, { [BM, 8] }> = new_record::<BM>(rr, rr * min_tile(spread, one), free, rr, zero);
         let nothing: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let (record, d, found): (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) =
@@ -274,7 +249,7 @@ pub mod backward_solve {
             );
         let mut solution: Tile<f32, { [BM, D] }> = found;
         let free: Tile<f32, { [BM, 1] }> = max_tile(pick::<BM>(record, 2i32), zero);
-        if solves {
+        if given == false {
             let whole: Tile<f32, { [BM, D] }> =
                 add_scaled::<BM, D>(solution, free * direction_unit::<BM, HIGH>(pick::<BM>(record, 3i32)), d);
             solution = if_sound::<BM, D>(whole, record, rr);
@@ -323,17 +298,6 @@ pub mod backward_solve {
             store_number(amax, wide(bh * blocks + grid.1), 0.0f32);
             store_number(amax, wide((grid.0 + bh) * blocks + grid.1), 0.0f32);
         }
-        if USUAL == 0i32 {
-            if diagnostics != 0i32 {
-                store_diagnostics::<BM>(
-                    record,
-                    rr,
-                    iterations,
-                    relative,
-                    wide(bh) * wide(n) + wide(first),
-                    rows,
-                );
-            }
-        }
+        store_diagnostics::<BM, USUAL>(diagnostics, record, rr, iterations, relative, bh, n, first);
     }
 }

@@ -110,29 +110,10 @@ pub mod forward {
             first_keys::<BM, USUAL>(options, pos, m, window, lo, range_at, rows);
         let row_hi: Tile<i32, { [BM, 1] }> = end_keys::<BM, USUAL>(options, pos, m, hi, range_at, rows);
         let skip: Tile<i32, { [BM, 1] }> = skipped_keys::<BM, USUAL>(options, pos);
-        // Key tiles [begin, end); every row sees all of [full0, full1).
         let last: i32 = min(first + BM, n) - 1i32;
         let bounds_at: i64 = wide(batch * bounds_batch + mi * 4i32);
-        let begin: i32 =
-            bound::<USUAL>(0i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        let end: i32 = max(
-            ceil_div(bound::<USUAL>(3i32, options, bounds, bounds_at, first, last, offset, m, window), BN),
-            begin,
-        );
-        let mut full0: i32 =
-            ceil_div(bound::<USUAL>(1i32, options, bounds, bounds_at, first, last, offset, m, window), BN);
-        let mut full1: i32 =
-            bound::<USUAL>(2i32, options, bounds, bounds_at, first, last, offset, m, window) / BN;
-        if full1 <= full0 {
-            full0 = begin;
-            full1 = begin;
-        }
-        if USUAL == 0i32 {
-            if (options & 8i32) != 0i32 {
-                full0 = begin;
-                full1 = begin;
-            }
-        }
+        let (begin, end, full0, full1): (i32, i32, i32, i32) =
+            key_tiles::<BN, USUAL>(options, bounds, bounds_at, first, last, offset, m, window);
         let kt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(kh, kvs * mp);
         let kp: Partition<f16, { [BN, D] }> = kt0.partition(const_shape![BN, D]);
         let kv0: i32 = kv * (mp / BN);
@@ -356,10 +337,7 @@ pub mod forward {
         let start: Tile<f32, { [BM, 1] }> = select(seeded, alpha, zero);
         let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(left, first_allowed, by_output);
         let mut worst: f32 = together::<BM>(select(gt_tile(dd, zero), part, zero));
-        let mut given: bool = false;
-        if USUAL == 0i32 {
-            given = (options & 16i32) != 0i32;
-        }
+        let given: bool = asked::<USUAL>(options, 16i32);
         if given {
             worst = 0.0f32;
         }
@@ -368,11 +346,8 @@ pub mod forward {
         let stored: Token = store_packed::<f32, BM, D>(key_mean, grid.0 * np, tile, kbar);
         // r is perpendicular to q.
         let first_norm2: Tile<f32, { [BM, 1] }> = rr + beta * beta * q_q;
-        let (_unit, first_hi, first_lo): (
-            Tile<f32, { [BM, 1] }>,
-            Tile<f16, { [BM, D] }>,
-            Tile<f16, { [BM, D] }>,
-        ) = direction::<BM, D, HIGH>(d, first_norm2);
+        let (first_hi, first_lo): (Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(d, first_norm2);
         let record: Tile<f32, { [BM, 8] }> = new_record::<BM>(
             select(more, rr, zero),
             min_tile(ahead, rr),
@@ -430,23 +405,14 @@ pub mod forward {
         if save_probe != 0i32 {
             store_packed::<f32, BM, D>(x, grid.0 * np, tile, probe);
         }
-        if USUAL == 0i32 {
-            if diagnostics != 0i32 {
-                store_diagnostics::<BM>(
-                    record,
-                    dd,
-                    iterations,
-                    relative,
-                    wide(bh) * wide(n) + wide(first),
-                    rows,
-                );
-            }
-        }
+        store_diagnostics::<BM, USUAL>(diagnostics, record, dd, iterations, relative, bh, n, first);
 
         // The weights p a must sum to 1 with the probe that is used, not with the exact one: where the mean key is large, the
         // difference is too.
-        let (xu, x_hi, x_lo): (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
-            direction::<BM, D, HIGH>(probe, row_dot::<BM, D>(probe, probe));
+        let x_x: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(probe, probe);
+        let xu: Tile<f32, { [BM, 1] }> = direction_unit::<BM, HIGH>(x_x);
+        let (x_hi, x_lo): (Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+            direction::<BM, D, HIGH>(probe, x_x);
         let kbar: Tile<f32, { [BM, D] }> =
             load_packed_after::<f32, BM, D>(key_mean, grid.0 * np, tile, stored);
         // p |alpha| <= sqrt(sum p alpha^2) <= sqrt(1 + delta.x)

@@ -103,12 +103,12 @@ pub mod state {
         unit
     }
 
-    /// A direction in fp16 as the products take it: its unit, and what is left of it in one term or two. The square of its norm decides
-    /// the unit alone: a quarter of it more or less does no harm.
+    /// A direction in fp16 as the products take it: in its unit, in one term or two. The square of its norm decides the unit alone: a
+    /// quarter of it more or less does no harm.
     pub fn direction<const BM: i32, const D: i32, const HIGH: i32>(
         d: Tile<f32, { [BM, D] }>,
         norm2: Tile<f32, { [BM, 1] }>,
-    ) -> (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) {
+    ) -> (Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) {
         let one: Tile<f32, { [BM, 1] }> = constant(1.0f32, const_shape![BM, 1]);
         let unit: Tile<f32, { [BM, 1] }> = direction_unit::<BM, HIGH>(norm2);
         // Below this the square of the norm underflows, and so does what its unit says: such a direction is none.
@@ -122,7 +122,7 @@ pub mod state {
         if HIGH == 1i32 {
             lo = low_part::<BM, D>(scaled, hi);
         }
-        (unit, hi, lo)
+        (hi, lo)
     }
 
     /// The product of such a direction, in its unit, with the mean key in the keys' unit: of what the products with keys use of it.
@@ -277,7 +277,7 @@ pub mod state {
         let passes: Tile<f32, { [BM, 1] }> = pick::<BM>(record, 4i32) + select(good, one, zero);
         let part: Tile<f32, { [BM, 1] }> = unfinished::<BM>(min_tile(ahead, rn), allowed, shared);
         let worst: f32 = together::<BM>(select(good, part, zero));
-        let (_unit, hi, lo): (Tile<f32, { [BM, 1] }>, Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
+        let (hi, lo): (Tile<f16, { [BM, D] }>, Tile<f16, { [BM, D] }>) =
             direction::<BM, D, HIGH>(next, next2);
         let record: Tile<f32, { [BM, 8] }> =
             new_record::<BM>(select(more, rn, zero), reached, step, next2, passes);
@@ -409,20 +409,31 @@ pub mod state {
         select(sound.broadcast(const_shape![BM, D]), found, nothing)
     }
 
-    /// Passes and relative residual of every query.
-    pub unsafe fn store_diagnostics<const BM: i32>(
+    /// Passes and relative residual of every query, if wanted.
+    pub unsafe fn store_diagnostics<const BM: i32, const USUAL: i32>(
+        wanted: i32,
         record: Tile<f32, { [BM, 8] }>,
         initial: Tile<f32, { [BM, 1] }>, // |r|^2 of no solution
         iterations: *mut i32,
         relative: *mut f32,
-        at: i64,
-        rows: i32,
+        bh: i32,
+        n: i32,
+        first: i32, // query of the block
     ) {
-        let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
-        let left: Tile<f32, { [BM, 1] }> =
-            sqrt(pick::<BM>(record, 1i32) / max_tile(initial, least), rounding::NearestEven, ftz::Disabled);
-        let count: Tile<i32, { [BM, 1] }> = convert_tile(pick::<BM>(record, 4i32));
-        store_column::<i32, BM>(slice::<i32>(iterations, at), rows, count.reshape(const_shape![BM]));
-        store_column::<f32, BM>(slice::<f32>(relative, at), rows, left.reshape(const_shape![BM]));
+        if USUAL == 0i32 {
+            if wanted != 0i32 {
+                let at: i64 = wide(bh) * wide(n) + wide(first);
+                let rows: i32 = n - first;
+                let least: Tile<f32, { [BM, 1] }> = constant(1.0e-30f32, const_shape![BM, 1]);
+                let left: Tile<f32, { [BM, 1] }> = sqrt(
+                    pick::<BM>(record, 1i32) / max_tile(initial, least),
+                    rounding::NearestEven,
+                    ftz::Disabled,
+                );
+                let count: Tile<i32, { [BM, 1] }> = convert_tile(pick::<BM>(record, 4i32));
+                store_column::<i32, BM>(slice::<i32>(iterations, at), rows, count.reshape(const_shape![BM]));
+                store_column::<f32, BM>(slice::<f32>(relative, at), rows, left.reshape(const_shape![BM]));
+            }
+        }
     }
 }

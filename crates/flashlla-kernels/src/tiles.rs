@@ -405,8 +405,7 @@ pub mod tiles {
     }
 
     /// Options of a launch: bits of one i32.
-    /// 1 causal, 2 window, 4 ranges, 8 leave one out, 16 probe given, 32 heavy blocks first. Kernels with `USUAL` = 1 know 1 and 32
-    /// alone: code that is not run takes time too, for blocks of few keys run more instructions than the cache of them holds.
+    /// 1 causal, 2 window, 4 ranges, 8 leave one out, 16 probe given, 32 heavy blocks first.
     ///
     /// Which block of queries a tile block takes.
     pub fn block_index(options: i32, pid: i32, blocks: i32) -> i32 {
@@ -415,6 +414,16 @@ pub mod tiles {
             i = blocks - 1i32 - pid;
         }
         i
+    }
+
+    /// Whether a rarer option is asked for. Kernels with `USUAL` = 1 have no code for these: code that is not run takes time too, for blocks of
+    /// few keys run more instructions than the cache of them holds.
+    pub fn asked<const USUAL: i32>(options: i32, option: i32) -> bool {
+        let mut yes: bool = false;
+        if USUAL == 0i32 {
+            yes = (options & option) != 0i32;
+        }
+        yes
     }
 
     /// Position of each query among the keys. Rows past the end stand for the last one; nothing of theirs is kept.
@@ -441,14 +450,12 @@ pub mod tiles {
         let one: Tile<i32, { [BM, 1] }> = constant(1i32, const_shape![BM, 1]);
         let keys: Tile<i32, { [BM, 1] }> = broadcast_scalar(m, const_shape![BM, 1]);
         let mut x: Tile<i32, { [BM, 1] }> = zero;
-        if USUAL == 0i32 {
-            if (options & 2i32) != 0i32 {
-                let w: Tile<i32, { [BM, 1] }> = broadcast_scalar(window, const_shape![BM, 1]);
-                x = pos - w + one;
-            }
-            if (options & 4i32) != 0i32 {
-                x = load_rowwise::<i32, BM>(slice::<i32>(lo, at), 1i32, rows);
-            }
+        if asked::<USUAL>(options, 2i32) {
+            let w: Tile<i32, { [BM, 1] }> = broadcast_scalar(window, const_shape![BM, 1]);
+            x = pos - w + one;
+        }
+        if asked::<USUAL>(options, 4i32) {
+            x = load_rowwise::<i32, BM>(slice::<i32>(lo, at), 1i32, rows);
         }
         min_tile(max_tile(x, zero), keys)
     }
@@ -469,10 +476,8 @@ pub mod tiles {
         if (options & 1i32) != 0i32 {
             x = pos + one;
         }
-        if USUAL == 0i32 {
-            if (options & 4i32) != 0i32 {
-                x = load_rowwise::<i32, BM>(slice::<i32>(hi, at), 1i32, rows);
-            }
+        if asked::<USUAL>(options, 4i32) {
+            x = load_rowwise::<i32, BM>(slice::<i32>(hi, at), 1i32, rows);
         }
         min_tile(max_tile(x, zero), keys)
     }
@@ -483,10 +488,8 @@ pub mod tiles {
         pos: Tile<i32, { [BM, 1] }>,
     ) -> Tile<i32, { [BM, 1] }> {
         let mut x: Tile<i32, { [BM, 1] }> = constant(-1i32, const_shape![BM, 1]);
-        if USUAL == 0i32 {
-            if (options & 8i32) != 0i32 {
-                x = pos;
-            }
+        if asked::<USUAL>(options, 8i32) {
+            x = pos;
         }
         x
     }
@@ -512,20 +515,44 @@ pub mod tiles {
         if (which == 1i32) || (which == 3i32) {
             pos = last + offset;
         }
-        if USUAL == 0i32 {
-            if (which < 2i32) && ((options & 2i32) != 0i32) {
-                x = pos - window + 1i32;
-            }
+        if (which < 2i32) && asked::<USUAL>(options, 2i32) {
+            x = pos - window + 1i32;
         }
         if (which >= 2i32) && ((options & 1i32) != 0i32) {
             x = pos + 1i32;
         }
-        if USUAL == 0i32 {
-            if (options & 4i32) != 0i32 {
-                x = load_integer(slice::<i32>(bounds, at + wide(which)));
-            }
+        if asked::<USUAL>(options, 4i32) {
+            x = load_integer(slice::<i32>(bounds, at + wide(which)));
         }
         min(max(x, 0i32), m)
+    }
+
+    /// Key tiles that a block of queries looks at, `[begin, end)`, and those that all of its queries see as a whole, `[full0, full1)`.
+    pub unsafe fn key_tiles<const BN: i32, const USUAL: i32>(
+        options: i32,
+        bounds: *mut i32,
+        at: i64,
+        first: i32,
+        last: i32,
+        offset: i32,
+        m: i32,
+        window: i32,
+    ) -> (i32, i32, i32, i32) {
+        let begin: i32 = bound::<USUAL>(0i32, options, bounds, at, first, last, offset, m, window) / BN;
+        let end: i32 = bound::<USUAL>(3i32, options, bounds, at, first, last, offset, m, window);
+        let end: i32 = max(ceil_div(end, BN), begin);
+        let full0: i32 = bound::<USUAL>(1i32, options, bounds, at, first, last, offset, m, window);
+        let mut full0: i32 = ceil_div(full0, BN);
+        let mut full1: i32 = bound::<USUAL>(2i32, options, bounds, at, first, last, offset, m, window) / BN;
+        if full1 <= full0 {
+            full0 = begin;
+            full1 = begin;
+        }
+        if asked::<USUAL>(options, 8i32) {
+            full0 = begin;
+            full1 = begin;
+        }
+        (begin, end, full0, full1)
     }
 
     /// What turns a product of scaled queries and keys into a logit of base 2. Positive, so that -inf stays -inf under it (the
