@@ -1,6 +1,6 @@
 //! [`BackwardPlan`]: the backward on device pointers.
 
-use super::driver::{Arguments, Context, Memory, fill, upload};
+use super::driver::{Arguments, Context, Function, Memory, fill, upload};
 use super::plan::{
     Convert, ConvertScratch, Core, GRADIENT_ERRORS, Group, Places, Source, Tables, Variants, aligned, dtype,
     int, side,
@@ -174,6 +174,19 @@ impl BackwardPlan {
     /// The scratch that a backward needs, in bytes: O((N + M) D) per head.
     pub fn scratch_bytes(&self) -> usize {
         self.scratch.bytes
+    }
+
+    /// The names, in the bundle's index, of the kernels that a call launches where all tensors can be accessed 16 bytes at a time, in
+    /// their order. Calls that ask for diagnostics may take others than calls that do not.
+    pub fn kernel_names(&self, diagnostics: bool) -> Vec<&str> {
+        let mut functions: Vec<&Function> = self.convert.functions().into();
+        if !self.convert.same(&self.convert_grad) {
+            functions.extend(self.convert_grad.functions());
+        }
+        functions.push(self.solve.pick_for(true, diagnostics));
+        functions.push(self.convert_f32.functions()[1]);
+        functions.extend([self.query.pick_for(true, false), self.key.pick(true)]);
+        functions.into_iter().map(Function::name).collect()
     }
 
     /// Puts a backward into `stream`; see [`super::ForwardPlan::run`].

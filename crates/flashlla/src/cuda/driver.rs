@@ -407,20 +407,24 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
-    /// Loads a cubin and finds its entry.
-    pub fn load(context: &Arc<Context>, cubin: &[u8], entry: &str) -> Result<Self> {
+    /// Loads a cubin and finds its entry; `name` is the kernel's in messages.
+    pub fn load(context: &Arc<Context>, cubin: &[u8], entry: &str, name: &str) -> Result<Self> {
         let _entered = context.enter()?;
         let mut module = ptr::null_mut();
         // SAFETY: the image is a complete cubin (bundles hold nothing else); the driver checks it and copies it.
         let result = unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) };
-        check(result, &format!("loading {entry}"))?;
-        let mut function =
-            Self { raw: ptr::null_mut(), module, context: context.clone(), name: entry.into() };
-        let name = CString::new(entry).expect("names hold no 0");
+        check(result, &format!("loading {name}"))?;
+        let mut function = Self { raw: ptr::null_mut(), module, context: context.clone(), name: name.into() };
+        let entry = CString::new(entry).expect("names hold no 0");
         // SAFETY: the module was just loaded.
-        let result = unsafe { sys::cuModuleGetFunction(&mut function.raw, module, name.as_ptr()) };
-        check(result, &format!("looking for {entry}"))?;
+        let result = unsafe { sys::cuModuleGetFunction(&mut function.raw, module, entry.as_ptr()) };
+        check(result, &format!("looking for {entry:?} in {name}"))?;
         Ok(function)
+    }
+
+    /// The kernel's name in the bundle's index.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Puts a launch into the stream. The context must be current.

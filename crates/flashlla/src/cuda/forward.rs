@@ -1,6 +1,6 @@
 //! [`ForwardPlan`]: the forward on device pointers.
 
-use super::driver::{Arguments, Context, Memory};
+use super::driver::{Arguments, Context, Function, Memory};
 use super::plan::{
     Convert, ConvertScratch, Core, Group, OUTPUT_ERRORS, Places, SELDOM, Source, Tables, Variants, aligned,
     dtype, int, side,
@@ -125,6 +125,14 @@ impl ForwardPlan {
     /// The scratch that a forward needs, in bytes: O((N + M) D) per head.
     pub fn scratch_bytes(&self) -> usize {
         self.scratch.bytes
+    }
+
+    /// The names, in the bundle's index, of the kernels that a call launches where all tensors can be accessed 16 bytes at a time, in
+    /// their order. Calls that ask for diagnostics may take others than calls that do not.
+    pub fn kernel_names(&self, diagnostics: bool) -> Vec<&str> {
+        let forward = self.forward.pick_for(true, diagnostics);
+        let [convert, adjust] = self.convert.functions();
+        [convert, adjust, forward, self.poison.pick(true)].map(Function::name).into()
     }
 
     /// Puts a forward into `stream`. Nothing is waited for, and nothing outlives the work in the stream but what `pointers`

@@ -233,7 +233,8 @@ impl Inner {
         }
         // Loaded without the lock: other threads go on, and of two that load the same one is dropped.
         let cubin = self.bundle.cubin(kernel);
-        let function = Arc::new(Function::load(&self.context, cubin, &format!("{}_entry", kernel.entry))?);
+        let entry = format!("{}_entry", kernel.entry);
+        let function = Arc::new(Function::load(&self.context, cubin, &entry, &kernel.name)?);
         Ok((lock(&self.loaded).entry(place).or_insert(function).clone(), block))
     }
 

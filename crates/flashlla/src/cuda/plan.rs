@@ -541,6 +541,11 @@ impl Convert {
         Ok(Self { convert, adjust, bytes })
     }
 
+    /// Both, for tensors that can be accessed 16 bytes at a time.
+    pub fn functions(&self) -> [&Function; 2] {
+        [self.convert.pick(true), self.adjust.pick(true)]
+    }
+
     /// Whether both take the same type of tensors.
     pub fn same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.convert.any, &other.convert.any)

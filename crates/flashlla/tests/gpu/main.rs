@@ -14,6 +14,7 @@ mod extremes;
 #[path = "../suite/masks.rs"]
 #[allow(dead_code, unused_imports)]
 mod masks;
+mod pointers;
 
 use common::*;
 use flashlla::{Attention, Cpu, Cuda, Engine, Mask, Precision};
@@ -510,6 +511,7 @@ fn part(name: &str) {
         "shared" => checks.shared(),
         "split" => checks.split(),
         "generate" => checks.generate(),
+        "pointers" => checks.pointers(number),
         _ => checks.random(number),
     }
 }
@@ -531,6 +533,7 @@ fn main() {
     .map(String::from)
     .into();
     parts.extend((0..Golden::all().len()).map(|number| format!("golden {number}")));
+    parts.extend((0..Checks::pointer_parts()).map(|number| format!("pointers {number}")));
     parts.extend((0..cases.div_ceil(SHARE)).map(|number| format!("random {number}")));
     parts.extend((0..cases.div_ceil(4 * SHARE)).map(|number| format!("decode {number}")));
     let program = std::env::current_exe().expect("this program");
