@@ -235,6 +235,13 @@ def block_ranges(ranges, n, block):
     return torch.stack([low.amin(1), low.amax(1), high.amin(1), high.amax(1)], 1).int().contiguous()
 
 
+def perpendicular(q, k, v):
+    """The same with all keys but the last equal, and queries perpendicular, up to rounding, to the difference of the two. As many query heads as key heads."""
+    k = torch.cat([k[:, :, :1].expand(-1, -1, k.shape[2] - 1, -1), k[:, :, -1:]], 2).contiguous()
+    u, wide = (k[:, :, -1:].double() - k[:, :, :1].double()), q.double()
+    return (wide - (wide * u).sum(-1, keepdim=True) / (u * u).sum(-1, keepdim=True) * u).to(q.dtype), k, v
+
+
 def gradients(q, k, v, grad, ridge, mask, scale=None, bias=None):
     """Float64 gradients by automatic differentiation of the dense form; a mask without empty rows."""
     leaves = [t.double().detach().requires_grad_() for t in (q, k, v)]

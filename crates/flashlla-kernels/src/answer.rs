@@ -2,7 +2,6 @@
 
 #[cutile::module]
 pub mod answer {
-    use super::super::decode::decode::*;
     use super::super::tiles::tiles::*;
     use cutile::core::*;
 

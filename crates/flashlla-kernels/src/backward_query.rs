@@ -114,7 +114,7 @@ pub mod backward_query {
         // dq takes a step of this length from y: -C y of it joins the sum that scale multiplies.
         let beyond: Tile<f32, { [BM, 1] }> =
             load_rowwise::<f32, BM>(slice::<f32>(scalars, plane + scalars_at), 1i32, BM);
-        let per_scale: f32 = 1.0f32 / max(scale, 1.0e-30f32);
+        let per_scale: f32 = ratio(1.0f32, max(scale, 1.0e-30f32));
         let beyond: Tile<f32, { [BM, 1] }> = beyond * broadcast_scalar(per_scale, const_shape![BM, 1]);
         // Means are taken out with the roundings that the products have.
         let xu: f32 = load_scalar(slice::<f32>(x_unit, wide(bh)));
@@ -130,12 +130,12 @@ pub mod backward_query {
         let g_in: Tile<f32, { [BM, BN] }> = constant(0.125f32, const_shape![BM, BN]);
         let x_in: f32 = probe_factor(xu * ku);
         let x_in1: Tile<f32, { [BM, 1] }> = broadcast_scalar(x_in, const_shape![BM, 1]);
-        let y_in: f32 = 0.0f32 - yu * ku / eu;
+        let y_in: f32 = 0.0f32 - ratio(yu * ku, eu);
         let x_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(x_in, const_shape![BM, BN]);
         let y_in: Tile<f32, { [BM, BN] }> = broadcast_scalar(y_in, const_shape![BM, BN]);
         let eun: Tile<f32, { [BM, 1] }> = broadcast_scalar(eu, const_shape![BM, 1]);
         let xk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xk);
-        let eke: Tile<f32, { [BM, 1] }> = ek / eun;
+        let eke: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(ek, eun);
         let ek_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(eke);
         let beyond_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(beyond);
         let boost: Tile<f32, { [BM, 1] }> = constant(7.0f32, const_shape![BM, 1]);
@@ -168,12 +168,12 @@ pub mod backward_query {
             acc = mma(wb, kt, acc);
         }
         let total: Tile<f32, { [BM, 1] }> = summed::<BM, 8>(sums) * undo;
-        let mean_weight: Tile<f32, { [BM, 1] }> = total + beyond * mean / eun;
+        let mean_weight: Tile<f32, { [BM, 1] }> = total + quotient::<{ [BM, 1] }>(beyond * mean, eun);
         let mut terms: Tile<f32, { [BM, 16] }> = constant(0.0f32, const_shape![BM, 16]);
         // In the units of the sums that the key pass adds them to.
         let finer: Tile<f32, { [BM, 1] }> = constant(8.0f32, const_shape![BM, 1]);
-        terms = with_number::<BM>(terms, 0i32, sh / sc_true);
-        terms = with_number::<BM>(terms, 1i32, xk / x_in1);
+        terms = with_number::<BM>(terms, 0i32, quotient::<{ [BM, 1] }>(sh, sc_true));
+        terms = with_number::<BM>(terms, 1i32, quotient::<{ [BM, 1] }>(xk, x_in1));
         terms = with_number::<BM>(terms, 2i32, eke * finer);
         terms = with_number::<BM>(terms, 3i32, negf(mean_weight) * finer);
         let terms: Tile<bf16, { [BM, 16] }> = convert_tile(terms);

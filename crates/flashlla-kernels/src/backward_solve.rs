@@ -120,7 +120,7 @@ pub mod backward_solve {
                 s = add_bias::<BM, BN>(s, sc_true, bias, bias_at, j * BN, m);
             }
             if (j < full0) || (j >= full1) {
-                s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
+                s = select(sees::<BM, BN, D, USUAL>(row_lo, row_hi, skip, j * BN), s, never);
             }
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
             let wb: Tile<f16, { [BM, BN] }> = convert_tile(p * gamma);
@@ -215,7 +215,7 @@ pub mod backward_solve {
         let record: Tile<f32, { [BM, 8] }> = new_record::<BM>(rr, rr * min_tile(spread, one), free, rr, zero);
         let nothing: Tile<f32, { [BM, D] }> = constant(0.0f32, const_shape![BM, D]);
         let (record, d, found): (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) =
-            solve::<BM, BN, D, HIGH, BIAS>(
+            solve::<BM, BN, D, HIGH, BIAS, USUAL>(
                 record,
                 first_hi,
                 first_lo,

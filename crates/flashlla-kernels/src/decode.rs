@@ -136,18 +136,6 @@ pub mod decode {
         x.reshape(const_shape![BN, D])
     }
 
-    /// A number as a tile.
-    pub fn number(x: f32) -> Tile<f32, { [1, 1] }> {
-        broadcast_scalar(x, const_shape![1, 1])
-    }
-
-    /// A tile of one number as that number.
-    pub fn single(x: Tile<f32, { [1, 1] }>) -> f32 {
-        let x: Tile<f32, { [] }> = x.reshape(const_shape![]);
-        let x: f32 = tile_to_scalar(x);
-        x
-    }
-
     /// `2^x`.
     pub fn power(x: f32) -> f32 {
         single(exp2(number(x), ftz::Enabled))
@@ -348,9 +336,7 @@ pub mod decode {
 
     /// One over the power of two of a query's norm.
     pub fn query_factor<const D: i32>(q: Tile<f32, { [16, D] }>) -> Tile<f32, { [16, 1] }> {
-        let one: Tile<f32, { [16, 1] }> = constant(1.0f32, const_shape![16, 1]);
-        let norm: Tile<f32, { [16, 1] }> = sqrt(row_dot::<16, D>(q, q), rounding::NearestEven, ftz::Disabled);
-        quotient::<{ [16, 1] }>(one, pow2_floor::<{ [16, 1] }>(norm))
+        inverse_of_power::<{ [16, 1] }>(root_floor::<{ [16, 1] }>(row_dot::<16, D>(q, q)))
     }
 
     /// Number `which` of a tile's queries.

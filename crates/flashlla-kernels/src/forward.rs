@@ -140,16 +140,18 @@ pub mod forward {
             load_rows::<E, BM, D>(slice::<E>(q, q_at), q_row, rows, d)
         };
         let qf: Tile<f32, { [BM, D] }> = convert_tile(tq);
-        let qn: Tile<f32, { [BM, 1] }> =
-            pow2_floor::<{ [BM, 1] }>(sqrt(row_dot::<BM, D>(qf, qf), rounding::NearestEven, ftz::Disabled));
+        let q_q: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, qf);
+        let qn: Tile<f32, { [BM, 1] }> = root_floor::<{ [BM, 1] }>(q_q);
         let mut sign: f32 = 1.0f32;
         let mut magnitude: f32 = scale;
         if scale < 0.0f32 {
             sign = 0.0f32 - 1.0f32;
             magnitude = 0.0f32 - scale;
         }
-        let qu: Tile<f32, { [BM, 1] }> = broadcast_scalar(sign, const_shape![BM, 1]) * qn;
-        let mut tq: Tile<f16, { [BM, D] }> = convert_tile(qf * across::<BM, D>(one / qu));
+        let sign: Tile<f32, { [BM, 1] }> = broadcast_scalar(sign, const_shape![BM, 1]);
+        let qu: Tile<f32, { [BM, 1] }> = sign * qn;
+        let inverse_qu: Tile<f32, { [BM, 1] }> = sign * inverse_of_power::<{ [BM, 1] }>(qn);
+        let mut tq: Tile<f16, { [BM, D] }> = convert_tile(qf * across::<BM, D>(inverse_qu));
         if D == 64i32 {
             // By way of memory, products read the queries where they arrive, in shared memory, and not from registers.
             let stored: Token = store_packed::<f16, BM, D>(qh, grid.0 * np, tile, tq);
@@ -183,7 +185,7 @@ pub mod forward {
                 s = add_bias::<BM, BN>(s, sc_true, bias, bias_at, j * BN, m);
             }
             if (j < full0) || (j >= full1) {
-                s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
+                s = select(sees::<BM, BN, D, USUAL>(row_lo, row_hi, skip, j * BN), s, never);
             }
             let mx: Tile<f32, { [BM] }> = reduce_max(s, 1i32);
             let mn: Tile<f32, { [BM, 1] }> = max_tile(m_i, mx.reshape(const_shape![BM, 1]) * sc);
@@ -216,7 +218,7 @@ pub mod forward {
         let none: Tile<bool, { [BM, 1] }> = eq_tile(l_i, zero);
         let lse2: Tile<f32, { [BM, 1] }> = m_i + log2(l_i) - eight;
         let shift: Tile<f32, { [BM, 1] }> = select(none, zero, zero - lse2);
-        let inv_l: Tile<f32, { [BM, 1] }> = select(none, zero, kun / l_i);
+        let inv_l: Tile<f32, { [BM, 1] }> = select(none, zero, quotient::<{ [BM, 1] }>(kun, l_i));
         let kbar: Tile<f32, { [BM, D] }> = sum_k * across::<BM, D>(inv_l);
         if save_lse != 0i32 {
             let ln2: Tile<f32, { [BM, 1] }> = constant(0.6931471805599453f32, const_shape![BM, 1]);
@@ -239,7 +241,6 @@ pub mod forward {
         let cq: Tile<f32, { [BM, D] }> =
             add_scaled::<BM, D>(sum_sk * across::<BM, D>(inv_l * qu * kun), zero - q_k, kbar);
         // All other products follow from these, and from that of the residual with itself, which cancels too much.
-        let q_q: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, qf);
         let k_k: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(kbar, kbar);
         let q_c: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(qf, cq);
         let k_c: Tile<f32, { [BM, 1] }> = row_dot::<BM, D>(kbar, cq);
@@ -291,7 +292,14 @@ pub mod forward {
         let spread: Tile<f32, { [BM, 1] }> =
             quotient::<{ [BM, 1] }>(aq_aq, max_tile(theta * q_aq, least)) - one;
         let four: Tile<f32, { [BM, 1] }> = constant(4.0f32, const_shape![BM, 1]);
-        let ahead: Tile<f32, { [BM, 1] }> = select(seeded, four * rr * max_tile(spread, zero), dd);
+        let by_query: Tile<f32, { [BM, 1] }> = four * rr * max_tile(spread, zero);
+        // Where weights are on few keys what is left lies along these, where A is not as it is on average; a query that happens to be
+        // perpendicular to their differences shows nothing of that in its spread, but in what C makes of it.
+        let eigen: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(c_c, max_tile(q_c, least));
+        let apart: Tile<f32, { [BM, 1] }> =
+            quotient::<{ [BM, 1] }>(max_tile(eigen + lam - theta, zero), max_tile(theta, least));
+        let by_keys: Tile<f32, { [BM, 1] }> = min_tile(apart * apart, one) * rr;
+        let ahead: Tile<f32, { [BM, 1] }> = select(seeded, max_tile(by_query, by_keys), dd);
         let mut allowed: Tile<f32, { [BM, 1] }> = thr;
         let mut first_allowed: Tile<f32, { [BM, 1] }> = thr;
         let mut left: Tile<f32, { [BM, 1] }> = ahead;
@@ -302,7 +310,6 @@ pub mod forward {
             // ridges make too much of this bound: a quarter of the relative residual will do. Great ridges make too little: the probe is
             // wanted too.
             let tenth: Tile<f32, { [BM, 1] }> = constant(0.1f32, const_shape![BM, 1]);
-            let eigen: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(c_c, max_tile(q_c, least));
             let of_keys: Tile<f32, { [BM, 1] }> = max_tile(max_tile(eigen, theta * tenth), least);
             let size: Tile<f32, { [BM, 1] }> = one + alpha * alpha * max_tile(q_c, zero);
             let error2: Tile<f32, { [BM, 1] }> = broadcast_scalar(error2, const_shape![BM, 1]);
@@ -320,13 +327,10 @@ pub mod forward {
             let times: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(log2(rate) * minus_ln2, one - rate);
             let output: Tile<f32, { [BM, 1] }> = error2 * output * select(seeded, times, one);
             allowed = max_tile(thr * sixteenth, min_tile(output, of_probe));
-            // What was a bound, for a mean. Where weights are on few keys what is left lies along these, where A is not as it is on
-            // average. A query that starts with delta does not know yet how A acts.
+            // What was a bound, for a mean. A query that starts with delta does not know yet how A acts.
             let half: Tile<f32, { [BM, 1] }> = constant(0.5f32, const_shape![BM, 1]);
             let most: Tile<f32, { [BM, 1] }> = constant(1.0e30f32, const_shape![BM, 1]);
-            let apart: Tile<f32, { [BM, 1] }> =
-                quotient::<{ [BM, 1] }>(max_tile(eigen + lam - theta, zero), max_tile(theta, least));
-            left = select(seeded, max_tile(half * ahead, min_tile(apart * apart, one) * rr), most);
+            left = select(seeded, max_tile(half * by_query, by_keys), most);
         }
         let gains: Tile<bool, { [BM, 1] }> = seeded & le_tile(ahead, rr);
         let tiny: Tile<f32, { [BM, 1] }> = constant(1.0e-4f32, const_shape![BM, 1]);
@@ -358,7 +362,7 @@ pub mod forward {
         let record: Tile<f32, { [BM, 8] }> = put::<BM>(record, 5i32, shorter);
         let probe: Tile<f32, { [BM, D] }> = qf * across::<BM, D>(start);
         let (record, d, probe): (Tile<f32, { [BM, 8] }>, Tile<f32, { [BM, D] }>, Tile<f32, { [BM, D] }>) =
-            solve::<BM, BN, D, HIGH, BIAS>(
+            solve::<BM, BN, D, HIGH, BIAS, USUAL>(
                 record,
                 first_hi,
                 first_lo,
@@ -420,7 +424,7 @@ pub mod forward {
         let x_delta: Tile<f32, { [BM, 1] }> =
             row_dot::<BM, D>(kbar, probe) - row_dot::<BM, D>(qf, probe) * qu;
         let mut reach: Tile<f32, { [BM, 1] }> =
-            two * sqrt(max_tile(x_delta, zero), rounding::NearestEven, ftz::Disabled);
+            two * sqrt(max_tile(x_delta, zero), rounding::Approx, ftz::Enabled);
         if given {
             // |alpha| <= |x| |k - kbar|; keys have norm at most 2 sqrt(D) units, and x at most 2, or 32 where there are two terms.
             let mut most: f32 = 128.0f32;
@@ -437,7 +441,7 @@ pub mod forward {
         let xk: Tile<f32, { [BM, 1] }> = one + with_mean_key::<BM, D, HIGH>(x_hi, x_lo, kbar, ku) * xu * kun;
         let xt: Tile<f32, { [BM, 1] }> = zero - xu * kun;
         let sh: Tile<f32, { [BM, 1] }> = shift + log2(boost);
-        let undo: Tile<f32, { [BM, 1] }> = quotient::<{ [BM, 1] }>(one, boost);
+        let undo: Tile<f32, { [BM, 1] }> = inverse_of_power::<{ [BM, 1] }>(boost);
         let vt0: Tensor<f16, { [-1, D] }> = packed::<f16, D>(vh, kvs * mp);
         let vp: Partition<f16, { [BN, D] }> = vt0.partition(const_shape![BN, D]);
         let xk_b: Tile<f32, { [BM, BN] }> = across::<BM, BN>(xk);
@@ -452,7 +456,7 @@ pub mod forward {
                 s = add_bias::<BM, BN>(s, sc_true, bias, bias_at, j * BN, m);
             }
             if (j < full0) || (j >= full1) {
-                s = select(visible::<BM, BN>(row_lo, row_hi, skip, j * BN), s, never);
+                s = select(sees::<BM, BN, D, USUAL>(row_lo, row_hi, skip, j * BN), s, never);
             }
             let p: Tile<f32, { [BM, BN] }> = weights::<BM, BN>(s, sc, sh);
             let wb: Tile<f16, { [BM, BN] }> =

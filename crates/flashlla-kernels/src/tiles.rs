@@ -159,6 +159,23 @@ pub mod tiles {
         divf(a, b, rounding::Approx, ftz::Enabled)
     }
 
+    /// A number as a tile.
+    pub fn number(x: f32) -> Tile<f32, { [1, 1] }> {
+        broadcast_scalar(x, const_shape![1, 1])
+    }
+
+    /// A tile of one number as that number.
+    pub fn single(x: Tile<f32, { [1, 1] }>) -> f32 {
+        let x: Tile<f32, { [] }> = x.reshape(const_shape![]);
+        let x: f32 = tile_to_scalar(x);
+        x
+    }
+
+    /// `a / b`, to about one unit in the last place: exact division is a dozen instructions and a branch.
+    pub fn ratio(a: f32, b: f32) -> f32 {
+        single(quotient::<{ [1, 1] }>(number(a), number(b)))
+    }
+
     /// A 16-byte aligned array of `rows` contiguous rows of `D` elements.
     pub unsafe fn packed<E: ElementType, const D: i32>(ptr: *mut E, rows: i32) -> Tensor<E, { [-1, D] }> {
         let base: *mut E = assume_div_by::<_, 16>(ptr);
@@ -294,6 +311,29 @@ pub mod tiles {
         y
     }
 
+    /// The largest power of two not above the root of `x` (clamped into 2^-126 .. 2^126 first).
+    pub fn root_floor<const S: [i32; 2]>(x: Tile<f32, S>) -> Tile<f32, S> {
+        let least: Tile<f32, S> = constant(1.1754944e-38f32, x.shape());
+        let most: Tile<f32, S> = constant(8.507059e37f32, x.shape());
+        let x: Tile<f32, S> = min_tile(max_tile(x, least), most);
+        // Half the exponent, whose zero is at 127.
+        let bits: Tile<i32, S> = bitcast(x);
+        let one: Tile<i32, S> = constant(1i32, x.shape());
+        let half_of_127: Tile<i32, S> = constant(0x1FC0_0000i32, x.shape());
+        let field: Tile<i32, S> = constant(0x7F80_0000i32, x.shape());
+        let exponent: Tile<i32, S> = (shri(bits, one) + half_of_127) & field;
+        let y: Tile<f32, S> = bitcast(exponent);
+        y
+    }
+
+    /// `1 / x` of powers of two from 2^-126 to 2^126.
+    pub fn inverse_of_power<const S: [i32; 2]>(x: Tile<f32, S>) -> Tile<f32, S> {
+        let bits: Tile<i32, S> = bitcast(x);
+        let twice_127: Tile<i32, S> = constant(0x7F00_0000i32, x.shape());
+        let y: Tile<f32, S> = bitcast(twice_127 - bits);
+        y
+    }
+
     /// True for finite values.
     pub fn finite<const S: [i32; 2]>(x: Tile<f32, S>) -> Tile<bool, S> {
         let largest: Tile<f32, S> = constant(3.4028235e38f32, x.shape());
@@ -338,6 +378,25 @@ pub mod tiles {
         let hi: Tile<i32, { [BM, BN] }> = hi.broadcast(const_shape![BM, BN]);
         let skip: Tile<i32, { [BM, BN] }> = skip.broadcast(const_shape![BM, BN]);
         ge_tile(key, lo) & lt_tile(key, hi) & ne_tile(key, skip)
+    }
+
+    /// `visible` as a kernel needs it. Usual calls see keys from 0 to `hi`; at D = 64 the compiler does worse with one comparison.
+    pub fn sees<const BM: i32, const BN: i32, const D: i32, const USUAL: i32>(
+        lo: Tile<i32, { [BM, 1] }>,
+        hi: Tile<i32, { [BM, 1] }>,
+        skip: Tile<i32, { [BM, 1] }>,
+        first: i32,
+    ) -> Tile<bool, { [BM, BN] }> {
+        let seen: Tile<bool, { [BM, BN] }> = if (USUAL == 1i32) && (D == 128i32) {
+            let key: Tile<i32, { [BN] }> = iota(const_shape![BN]);
+            let key: Tile<i32, { [BM, BN] }> =
+                key.reshape(const_shape![1, BN]).broadcast(const_shape![BM, BN]);
+            let end: Tile<i32, { [BM, 1] }> = hi - broadcast_scalar(first, const_shape![BM, 1]);
+            lt_tile(key, end.broadcast(const_shape![BM, BN]))
+        } else {
+            visible::<BM, BN>(lo, hi, skip, first)
+        };
+        seen
     }
 
     /// `exp2(s * scale + shift)`, scale and shift one per row.
