@@ -233,10 +233,8 @@ pub mod columns {
     pub fn in_unit<const D: i32>(
         x: Tile<f32, { [16, D] }>,
     ) -> (Tile<f32, { [16, 1] }>, Tile<f32, { [16, D] }>) {
-        let norm: Tile<f32, { [16, 1] }> = sqrt(row_dot::<16, D>(x, x), rounding::NearestEven, ftz::Disabled);
-        let unit: Tile<f32, { [16, 1] }> = pow2_floor::<{ [16, 1] }>(norm);
-        let one: Tile<f32, { [16, 1] }> = constant(1.0f32, const_shape![16, 1]);
-        let inverse: Tile<f32, { [16, 1] }> = quotient::<{ [16, 1] }>(one, unit);
+        let unit: Tile<f32, { [16, 1] }> = root_floor::<{ [16, 1] }>(row_dot::<16, D>(x, x));
+        let inverse: Tile<f32, { [16, 1] }> = inverse_of_power::<{ [16, 1] }>(unit);
         (unit, x * inverse.broadcast(const_shape![16, D]))
     }
 
@@ -267,9 +265,14 @@ pub mod columns {
     ///
     /// Residual `r`, solution `x`, the direction `along` and what the matrix makes of it; ridges, |delta|^2, |r|^2 before, the last step
     /// length, the direction's unit, passes made, states (0 goes on, 1 solved, 2 gave up), |r|^2 that is `allowed`, |r|^2 that counted as
-    /// reached; which queries are `there`, their number; passes that may follow; the bounds of `lla_decode_step`.
+    /// reached, what roundings of directions have left of r along that of the largest curvature, squared, and that curvature; which queries
+    /// are `there`, their number; passes that may follow; the bounds of `lla_decode_step`.
     ///
-    /// The new residual, solution, next direction, |r|^2, step length along it, passes, states, allowed, reached.
+    /// The new residual, solution, next direction, |r|^2, step length along it, passes, states, allowed, reached, and the two of roundings.
+    ///
+    /// The step that needs no pass makes of roundings what it does in `state::advance` (there is the reasoning). Here it is directions that
+    /// are rounded: of a direction's rounding, 2^-9 of its elements, a part may lie along the largest curvature, and a step
+    /// leaves of it what the product has there.
     pub fn step_along<const D: i32, const KIND: i32>(
         r: Tile<f32, { [16, D] }>,
         x: Tile<f32, { [16, D] }>,
@@ -284,6 +287,8 @@ pub mod columns {
         state: Tile<f32, { [16, 1] }>,
         bound: Tile<f32, { [16, 1] }>,
         reached: Tile<f32, { [16, 1] }>,
+        rounded: Tile<f32, { [16, 1] }>,
+        largest: Tile<f32, { [16, 1] }>,
         there: Tile<bool, { [16, 1] }>,
         rows: i32,
         left: i32,
@@ -293,6 +298,8 @@ pub mod columns {
         Tile<f32, { [16, D] }>,
         Tile<f32, { [16, D] }>,
         Tile<f32, { [16, D] }>,
+        Tile<f32, { [16, 1] }>,
+        Tile<f32, { [16, 1] }>,
         Tile<f32, { [16, 1] }>,
         Tile<f32, { [16, 1] }>,
         Tile<f32, { [16, 1] }>,
@@ -320,6 +327,8 @@ pub mod columns {
         let mut ahead: Tile<f32, { [16, 1] }> = rr;
         let mut rate: Tile<f32, { [16, 1] }> = one;
         let mut allowed: Tile<f32, { [16, 1] }> = bound;
+        let mut rounded: Tile<f32, { [16, 1] }> = rounded;
+        let mut largest: Tile<f32, { [16, 1] }> = largest;
         if KIND == 0i32 {
             // As if A acted on it as it does on q; twice the squared spread of A about that bounds what is left, roughly.
             let aa: Tile<f32, { [16, 1] }> = row_dot::<16, D>(a_along, a_along);
@@ -329,18 +338,18 @@ pub mod columns {
             free = rr / max_tile(max_tile(theta * rr + beta * r_a, theta * rr * part), least);
             let spread: Tile<f32, { [16, 1] }> = aa / max_tile(theta * dad, least) - one;
             rate = max_tile(spread, zero);
+            // With C the keys' covariance: |C q|^2 / q.Cq is its largest eigenvalue where weights are on two keys, and one that
+            // counts for more elsewhere. (q.Cq / |q|^2, the variance along the query, says little about other directions then.)
+            let curve: Tile<f32, { [16, 1] }> = max_tile(dad - lam * qq, zero);
+            let bend: Tile<f32, { [16, 1] }> = max_tile(aa - lam * (dad + curve), zero);
+            let eigen: Tile<f32, { [16, 1] }> = bend / max_tile(curve, least);
             allowed = dd * broadcast_scalar(tolerance2, const_shape![16, 1]);
             let mut times: Tile<f32, { [16, 1] }> = constant(4.0f32, const_shape![16, 1]);
             if error2 > 0.0f32 {
                 // What is expected of the outputs, as in the forward (there is the reasoning).
                 times = two;
                 let tenth: Tile<f32, { [16, 1] }> = constant(0.1f32, const_shape![16, 1]);
-                // With C the keys' covariance: |C q|^2 / q.Cq is its largest eigenvalue where weights are on two keys, and one that
-                // counts for more elsewhere. (q.Cq / |q|^2, the variance along the query, says little about other directions then.)
-                let curve: Tile<f32, { [16, 1] }> = max_tile(dad - lam * qq, zero);
-                let bend: Tile<f32, { [16, 1] }> = max_tile(aa - lam * (dad + curve), zero);
-                let of_keys: Tile<f32, { [16, 1] }> =
-                    max_tile(max_tile(bend / max_tile(curve, least), theta * tenth), least);
+                let of_keys: Tile<f32, { [16, 1] }> = max_tile(max_tile(eigen, theta * tenth), least);
                 let size: Tile<f32, { [16, 1] }> = one + a * a * curve;
                 let error2: Tile<f32, { [16, 1] }> = broadcast_scalar(error2, const_shape![16, 1]);
                 let of_output: Tile<f32, { [16, 1] }> = error2 * size * lam * (lam / of_keys);
@@ -348,7 +357,12 @@ pub mod columns {
                 let share: Tile<f32, { [16, 1] }> = constant(0.0625f32, const_shape![16, 1]);
                 allowed = max_tile(allowed * share, min_tile(of_output, dd * most));
             }
-            ahead = times * rr * rate;
+            // Where weights are on few keys what is left lies along these, where A is not as it is along the query (as in the forward).
+            let eigen: Tile<f32, { [16, 1] }> =
+                max_tile(aa - lam * (dad + max_tile(dad - lam * qq, zero)), zero)
+                    / max_tile(dad - lam * qq, least);
+            let apart: Tile<f32, { [16, 1] }> = max_tile(eigen + lam - theta, zero) / theta;
+            ahead = rr * max_tile(times * rate, min_tile(apart * apart, one));
             // Where the query is no good direction, it says nothing about the others: the first is delta then.
             let quarter: Tile<f32, { [16, 1] }> = constant(0.25f32, const_shape![16, 1]);
             let poor: Tile<bool, { [16, 1] }> = gt_tile(rr, dd * quarter);
@@ -361,11 +375,19 @@ pub mod columns {
             free = select(poor, zero, free);
             let unknown: Tile<f32, { [16, 1] }> = constant(1.0e30f32, const_shape![16, 1]);
             ahead = select(poor, unknown, ahead);
+            // |A q|^2 / q.Aq
+            largest = quotient::<{ [16, 1] }>(aa, max_tile(dad, least));
         } else {
             rate = rr / max_tile(before, least);
             let change: Tile<f32, { [16, 1] }> =
                 min_tile(absf(free - last) / max_tile(absf(free), least), one);
-            ahead = rr * (rate + change * change);
+            largest = max_tile(largest, quotient::<{ [16, 1] }>(one, max_tile(free, least)));
+            let curved: Tile<f32, { [16, 1] }> = free * largest;
+            let most: Tile<f32, { [16, 1] }> = constant(1.0e6f32, const_shape![16, 1]);
+            let rounding2: Tile<f32, { [16, 1] }> = constant(1.0e-7f32, const_shape![16, 1]);
+            let grows: Tile<f32, { [16, 1] }> = min_tile((curved - one) * (curved - one), most);
+            rounded = min_tile(rounded * grows + before * rounding2 * curved * curved, rr);
+            ahead = rr * (rate + change * change) + rounded * grows;
         }
         let gains: Tile<bool, { [16, 1] }> = le_tile(ahead, rr);
         let next: Tile<f32, { [16, D] }> = r + along * beta.broadcast(const_shape![16, D]);
@@ -414,7 +436,7 @@ pub mod columns {
         let reached: Tile<f32, { [16, 1] }> = select(runs, min_tile(ahead, rr), reached);
         let passes: Tile<f32, { [16, 1] }> =
             if KIND == 0i32 { passes } else { passes + select(runs, one, zero) };
-        (r, x, next, rr, free, passes, now, allowed, reached)
+        (r, x, next, rr, free, passes, now, allowed, reached, rounded, largest)
     }
 
     /// States once a solution is lossy, and what comes next: 1 passes go on, 0 an output is wanted, 2 all queries gave up.

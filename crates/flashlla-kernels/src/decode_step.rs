@@ -4,7 +4,8 @@
 //!
 //! A record holds 16 numbers per query: 0 minus the log-sum-exp (base 2) that its weights are raised by, 1 where products are counted
 //! from, 2 their factor, 3 |r|^2, 4 |delta|^2, 5 |r|^2 that is allowed, 6 |r|^2 that counts as reached, 7 last step length, 8 unit of
-//! the direction, 9 passes, 10 state (0 goes on, 1 solved, 2 gave up), 11 ridge.
+//! the direction, 9 passes, 10 state (0 goes on, 1 solved, 2 gave up), 11 ridge, 12 what roundings of directions have left, 13 the largest
+//! curvature.
 // A tile program's variables need a value before a branch gives them theirs.
 #![allow(unused_assignments)]
 
@@ -163,6 +164,8 @@ pub mod decode_step {
                 let mut state: Tile<f32, { [16, 1] }> = zero;
                 let mut bound: Tile<f32, { [16, 1] }> = zero;
                 let mut reached: Tile<f32, { [16, 1] }> = zero;
+                let mut rounded: Tile<f32, { [16, 1] }> = zero;
+                let mut largest: Tile<f32, { [16, 1] }> = zero;
                 let zeros: Tile<f32, { [16, D] }> = constant(0.0f32, const_shape![16, D]);
                 if KIND == 0i32 {
                     let mut m: Tile<f32, { [16, 1] }> = constant(-1.0e30f32, const_shape![16, 1]);
@@ -247,11 +250,15 @@ pub mod decode_step {
                     state = record_row(record, tile, 10i32);
                     bound = record_row(record, tile, 5i32);
                     reached = record_row(record, tile, 6i32);
+                    rounded = record_row(record, tile, 12i32);
+                    largest = record_row(record, tile, 13i32);
                 }
-                let (r, solution, next, rr, free, passes, ended, allowed, reached): (
+                let (r, solution, next, rr, free, passes, ended, allowed, reached, rounded, largest): (
                     Tile<f32, { [16, D] }>,
                     Tile<f32, { [16, D] }>,
                     Tile<f32, { [16, D] }>,
+                    Tile<f32, { [16, 1] }>,
+                    Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
@@ -259,8 +266,8 @@ pub mod decode_step {
                     Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
                 ) = step_along::<D, KIND>(
-                    r, x, along, a_along, lam, dd, before, last, unit, passes, state, bound, reached, there,
-                    rows, left, tolerance2, error2,
+                    r, x, along, a_along, lam, dd, before, last, unit, passes, state, bound, reached,
+                    rounded, largest, there, rows, left, tolerance2, error2,
                 );
                 if KIND == 0i32 {
                     set_record_row(record, tile, 4i32, dd);
@@ -298,6 +305,8 @@ pub mod decode_step {
                     set_record_row(record, tile, 3i32, rr);
                     set_record_row(record, tile, 7i32, free);
                     set_record_row(record, tile, 9i32, passes);
+                    set_record_row(record, tile, 12i32, rounded);
+                    set_record_row(record, tile, 13i32, largest);
                 } else {
                     let (first, second, third, from, factor): (
                         Tile<E, { [16, D] }>,

@@ -5,7 +5,7 @@
 //! What a turn leaves to the next one goes by way of memory, ordered by tokens: a loop that carries it in registers makes all products in
 //! it wait for each other. It has two places, for even and odd turns, so that nothing is overwritten that another thread may still have
 //! to read. Sums have one: what is next put there needs `what`, which is made of all of them. A record holds 16 numbers per query: 0 |r|^2, 1 last step length, 2 passes, 3 state (0 goes on, 1 solved, 2 gave up), 4 |r|^2
-//! that counts as reached; that of even turns also 5 |delta|^2, 6 |r|^2 that is allowed; that of odd turns, at D = 64, 8 largest logit and 9
+//! that counts as reached, 11 what roundings of directions have left, 12 the largest curvature; that of even turns also 5 |delta|^2, 6 |r|^2 that is allowed; that of odd turns, at D = 64, 8 largest logit and 9
 //! sum of weights of the first pass, 10 sum of the other weights of the last.
 // A tile program's variables need a value before a branch gives them theirs.
 #![allow(unused_assignments)]
@@ -31,6 +31,8 @@ pub mod decode_together {
         passes: Tile<f32, { [16, 1] }>,
         now: Tile<f32, { [16, 1] }>,
         reached: Tile<f32, { [16, 1] }>,
+        rounded: Tile<f32, { [16, 1] }>,
+        largest: Tile<f32, { [16, 1] }>,
     ) -> Token {
         let rows: i32 = tiles * 128i32;
         let t0: Token = store_packed::<f32, 16, D>(kept, rows, slot * 4i32, r);
@@ -41,7 +43,9 @@ pub mod decode_together {
         let t5: Token = keep_row(record, slot, 2i32, passes);
         let t6: Token = keep_row(record, slot, 3i32, now);
         let t7: Token = keep_row(record, slot, 4i32, reached);
-        let t: Token = join_tokens(&[t0, t1, t2, t3, t4, t5, t6, t7]);
+        let t8: Token = keep_row(record, slot, 11i32, rounded);
+        let t9: Token = keep_row(record, slot, 12i32, largest);
+        let t: Token = join_tokens(&[t0, t1, t2, t3, t4, t5, t6, t7, t8, t9]);
         t
     }
 
@@ -252,10 +256,12 @@ pub mod decode_together {
         let delta: Tile<f32, { [16, D] }> = kbar - qf;
         let dd: Tile<f32, { [16, 1] }> = row_dot::<16, D>(delta, delta);
         let state: Tile<f32, { [16, 1] }> = select(none | eq_tile(dd, zero), one, zero);
-        let (r, x, next, rr, free, passes, now, allowed, reached): (
+        let (r, x, next, rr, free, passes, now, allowed, reached, rounded, largest): (
             Tile<f32, { [16, D] }>,
             Tile<f32, { [16, D] }>,
             Tile<f32, { [16, D] }>,
+            Tile<f32, { [16, 1] }>,
+            Tile<f32, { [16, 1] }>,
             Tile<f32, { [16, 1] }>,
             Tile<f32, { [16, 1] }>,
             Tile<f32, { [16, 1] }>,
@@ -263,8 +269,8 @@ pub mod decode_together {
             Tile<f32, { [16, 1] }>,
             Tile<f32, { [16, 1] }>,
         ) = step_along::<D, 0>(
-            delta, zeros, qf, product, lam, dd, zero, zero, one, zero, state, zero, zero, there, rows, limit,
-            tolerance2, error2,
+            delta, zeros, qf, product, lam, dd, zero, zero, one, zero, state, zero, zero, zero, zero, there,
+            rows, limit, tolerance2, error2,
         );
         let mut x: Tile<f32, { [16, D] }> = x;
         let mut now: Tile<f32, { [16, 1] }> = now;
@@ -285,7 +291,9 @@ pub mod decode_together {
         let t0: Token = store_packed::<f32, 16, D>(kept, tile_rows, mean_at, kbar);
         let t1: Token = keep_row(record, slot, 5i32, dd);
         let t2: Token = keep_row(record, slot, 6i32, allowed);
-        let t3: Token = keep::<D>(kept, record, grid.0, slot, r, x, next, rr, free, passes, now, reached);
+        let t3: Token = keep::<D>(
+            kept, record, grid.0, slot, r, x, next, rr, free, passes, now, reached, rounded, largest,
+        );
         let fixed: Token = join_tokens(&[t0, t1, t2]);
         let mut stored: Token = t3;
         let ones: Tile<f32, { [1, 16] }> = constant(1.0f32, const_shape![1, 16]);
@@ -344,6 +352,8 @@ pub mod decode_together {
                 let passes: Tile<f32, { [16, 1] }> = kept_row(record, slot, 2i32, stored);
                 let now: Tile<f32, { [16, 1] }> = kept_row(record, slot, 3i32, stored);
                 let reached: Tile<f32, { [16, 1] }> = kept_row(record, slot, 4i32, stored);
+                let rounded: Tile<f32, { [16, 1] }> = kept_row(record, slot, 11i32, stored);
+                let largest: Tile<f32, { [16, 1] }> = kept_row(record, slot, 12i32, stored);
                 let dd: Tile<f32, { [16, 1] }> = kept_row(record, even, 5i32, fixed);
                 let allowed: Tile<f32, { [16, 1] }> = kept_row(record, even, 6i32, fixed);
                 let lam: Tile<f32, { [16, 1] }> = queries::<f32, 1>(
@@ -372,10 +382,12 @@ pub mod decode_together {
                     + along * lam.broadcast(const_shape![16, D]);
                 // Passes cost little here beside moments: they are given up later.
                 let left: i32 = (limit - 1i32 - turn) * 2i32;
-                let (r1, x1, next1, rr1, free1, passes1, now1, _allowed, reached1): (
+                let (r1, x1, next1, rr1, free1, passes1, now1, _allowed, reached1, rounded1, largest1): (
                     Tile<f32, { [16, D] }>,
                     Tile<f32, { [16, D] }>,
                     Tile<f32, { [16, D] }>,
+                    Tile<f32, { [16, 1] }>,
+                    Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
@@ -383,13 +395,15 @@ pub mod decode_together {
                     Tile<f32, { [16, 1] }>,
                     Tile<f32, { [16, 1] }>,
                 ) = step_along::<D, 1>(
-                    r, x, along, product, lam, dd, rr, free, unit, passes, now, allowed, reached, there,
-                    rows, left, tolerance2, error2,
+                    r, x, along, product, lam, dd, rr, free, unit, passes, now, allowed, reached, rounded,
+                    largest, there, rows, left, tolerance2, error2,
                 );
                 let (now2, what2): (Tile<f32, { [16, 1] }>, i32) = what_next::<D>(now1, x1, kbar, there);
                 slot = even + (turn + 1i32) % 2i32;
-                stored =
-                    keep::<D>(kept, record, grid.0, slot, r1, x1, next1, rr1, free1, passes1, now2, reached1);
+                stored = keep::<D>(
+                    kept, record, grid.0, slot, r1, x1, next1, rr1, free1, passes1, now2, reached1, rounded1,
+                    largest1,
+                );
                 what = what2;
             }
         }
