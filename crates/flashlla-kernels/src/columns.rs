@@ -358,9 +358,6 @@ pub mod columns {
                 allowed = max_tile(allowed * share, min_tile(of_output, dd * most));
             }
             // Where weights are on few keys what is left lies along these, where A is not as it is along the query (as in the forward).
-            let eigen: Tile<f32, { [16, 1] }> =
-                max_tile(aa - lam * (dad + max_tile(dad - lam * qq, zero)), zero)
-                    / max_tile(dad - lam * qq, least);
             let apart: Tile<f32, { [16, 1] }> = max_tile(eigen + lam - theta, zero) / theta;
             ahead = rr * max_tile(times * rate, min_tile(apart * apart, one));
             // Where the query is no good direction, it says nothing about the others: the first is delta then.
