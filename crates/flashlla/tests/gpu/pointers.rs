@@ -214,7 +214,7 @@ impl Checks {
                     }
                 };
                 let mut wrong = vec![];
-                let usual = !format!("{mask:?}").contains("window: Some");
+                let usual = mask.window_len().is_none();
                 // The forward has such variants for 16-bit types only; the second solve reads none of the caller's tensors. Tiles of
                 // 128 wide kernels are the same for all lengths.
                 let usual = [usual && dtype != Dtype::F32, usual];
@@ -237,11 +237,10 @@ impl Checks {
                         wrong.push(format!("{name} errs by {error:.1e}"));
                     }
                 }
-                let tiles = long.map(|long| !long);
                 for ((name, a), (_, b)) in found.iter().zip(&told) {
                     // Gradients of the values know nothing of the second solve.
-                    let same = if *name == "out" || *name == "dv" { tiles[0] } else { tiles[0] && tiles[1] };
-                    if same && a.data() != b.data() {
+                    let solves = if matches!(*name, "out" | "dv") { &long[..1] } else { &long[..] };
+                    if !solves.contains(&true) && a.data() != b.data() {
                         wrong.push(format!("{name} changes with diagnostics"));
                     }
                 }
