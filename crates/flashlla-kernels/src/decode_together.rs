@@ -4,9 +4,11 @@
 //!
 //! What a turn leaves to the next one goes by way of memory, ordered by tokens: a loop that carries it in registers makes all products in
 //! it wait for each other. It has two places, for even and odd turns, so that nothing is overwritten that another thread may still have
-//! to read. Sums have one: what is next put there needs `what`, which is made of all of them. A record holds 16 numbers per query: 0 |r|^2, 1 last step length, 2 passes, 3 state (0 goes on, 1 solved, 2 gave up), 4 |r|^2
-//! that counts as reached, 11 what roundings of directions have left, 12 the largest curvature; that of even turns also 5 |delta|^2, 6 |r|^2 that is allowed; that of odd turns, at D = 64, 8 largest logit and 9
-//! sum of weights of the first pass, 10 sum of the other weights of the last.
+//! to read. Sums have one: what is next put there needs `what`, which is made of all of them.
+//!
+//! A record holds 16 numbers per query: 0 |r|^2, 1 last step length, 2 passes, 3 state (0 goes on, 1 solved, 2 gave up), 4 |r|^2 that counts
+//! as reached, 11 what roundings of directions have left, 12 the largest curvature; that of even turns also 5 |delta|^2, 6 |r|^2 that is
+//! allowed; that of odd turns, at D = 64, 8 largest logit and 9 sum of weights of the first pass, 10 sum of the other weights of the last.
 // A tile program's variables need a value before a branch gives them theirs.
 #![allow(unused_assignments)]
 
