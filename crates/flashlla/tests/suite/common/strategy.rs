@@ -225,7 +225,15 @@ pub fn case(budget: usize) -> impl Strategy<Value = Case> {
     })
 }
 
-/// Settings for a property test of so many cases, which leaves no files behind.
+/// Settings for a property test of so many cases, which leaves no files behind. `FLASHLLA_TEST_EFFORT=50` runs fifty
+/// times as many: a tolerance that one run in a hundred exceeds shows in a few minutes.
 pub fn cases(cases: u32) -> ProptestConfig {
-    ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 400, ..ProptestConfig::default() }
+    let effort = std::env::var("FLASHLLA_TEST_EFFORT")
+        .map_or(1, |text| text.parse().expect("FLASHLLA_TEST_EFFORT: a whole number of times"));
+    ProptestConfig {
+        cases: cases * effort,
+        failure_persistence: None,
+        max_shrink_iters: 400,
+        ..ProptestConfig::default()
+    }
 }
