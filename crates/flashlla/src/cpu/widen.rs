@@ -15,6 +15,27 @@ pub trait Widen: Copy + 'static {
     /// # Safety
     /// As many numbers as the register has must be readable from `from` on.
     unsafe fn register<S: Simd, C: Real>(simd: S, from: *const Self) -> C::V<S>;
+    /// Two registers full, in an order that costs little: see [`Widen::in_order`].
+    ///
+    /// # Safety
+    /// As many numbers as two registers have must be readable from `from` on.
+    #[inline(always)]
+    unsafe fn pair<S: Simd, C: Real>(simd: S, from: *const Self) -> [C::V<S>; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            [Self::register::<S, C>(simd, from), Self::register::<S, C>(simd, from.add(C::lanes::<S>()))]
+        }
+    }
+    /// From two registers of numbers one after the other to that order.
+    #[inline(always)]
+    fn in_order<S: Simd, C: Real>(pair: [C::V<S>; 2]) -> [C::V<S>; 2] {
+        pair
+    }
+    /// And back.
+    #[inline(always)]
+    fn out_of_order<S: Simd, C: Real>(pair: [C::V<S>; 2]) -> [C::V<S>; 2] {
+        pair
+    }
     /// Adds a row to those of its type, if there are such.
     fn push<'a>(_row: &'a [Self], _rows: &mut Rows<'a>) {}
 }
@@ -40,6 +61,27 @@ unsafe fn one_by_one<T: Copy, S: Simd, C: Real>(from: *const T, of: impl Fn(T) -
 #[inline(always)]
 fn is_f32<S: Simd, C: Real>(lanes: usize) -> bool {
     size_of::<C>() == size_of::<f32>() && S::F32_LANES == lanes
+}
+
+/// From two registers of numbers one after the other to those at even places and those at odd ones, or back.
+#[inline(always)]
+fn evens_and_odds<S: Simd, C: Real, const BACK: bool>(pair: [C::V<S>; 2]) -> [C::V<S>; 2] {
+    let (lanes, mut numbers) = (C::lanes::<S>(), [C::ZERO; 2 * MOST_LANES]);
+    assert!(lanes <= MOST_LANES);
+    let mut moved = numbers;
+    // SAFETY: the arrays hold two registers' numbers, as just checked.
+    unsafe {
+        C::store::<S>(numbers.as_mut_ptr(), pair[0]);
+        C::store::<S>(numbers.as_mut_ptr().add(lanes), pair[1]);
+        for i in 0..lanes {
+            if BACK {
+                (moved[2 * i], moved[2 * i + 1]) = (numbers[i], numbers[lanes + i]);
+            } else {
+                (moved[i], moved[lanes + i]) = (numbers[2 * i], numbers[2 * i + 1]);
+            }
+        }
+        [C::load::<S>(moved.as_ptr()), C::load::<S>(moved.as_ptr().add(lanes))]
+    }
 }
 
 /// Rows where they lie, of the types that are worth it.
@@ -128,6 +170,39 @@ impl Widen for bf16 {
         }
         // SAFETY: the caller's promise.
         unsafe { one_by_one::<_, S, C>(from, |x| C::of_f32(f32::from_bits(u32::from(x.to_bits()) << 16))) }
+    }
+
+    // Those at even places and those at odd ones: a shift and a mask of words of two numbers, where one register at a time takes as many
+    // instructions and a wider load for half as much.
+    #[inline(always)]
+    unsafe fn pair<S: Simd, C: Real>(simd: S, from: *const Self) -> [C::V<S>; 2] {
+        // SAFETY: the caller's promise; words are as long as two numbers, and a `Real` of four bytes is `f32`. Registers are plain values.
+        unsafe {
+            if size_of::<C>() == size_of::<f32>() && cfg!(target_endian = "little") {
+                let words = from.cast::<S::u32s>().read_unaligned();
+                let even = simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16));
+                let odd = simd.and_u32s(words, simd.splat_u32s(0xffff_0000));
+                let [even, odd] = [simd.transmute_f32s_u32s(even), simd.transmute_f32s_u32s(odd)];
+                return [std::mem::transmute_copy(&even), std::mem::transmute_copy(&odd)];
+            }
+            [Self::register::<S, C>(simd, from), Self::register::<S, C>(simd, from.add(C::lanes::<S>()))]
+        }
+    }
+
+    #[inline(always)]
+    fn in_order<S: Simd, C: Real>(pair: [C::V<S>; 2]) -> [C::V<S>; 2] {
+        if size_of::<C>() == size_of::<f32>() && cfg!(target_endian = "little") {
+            return evens_and_odds::<S, C, false>(pair);
+        }
+        pair
+    }
+
+    #[inline(always)]
+    fn out_of_order<S: Simd, C: Real>(pair: [C::V<S>; 2]) -> [C::V<S>; 2] {
+        if size_of::<C>() == size_of::<f32>() && cfg!(target_endian = "little") {
+            return evens_and_odds::<S, C, true>(pair);
+        }
+        pair
     }
 
     fn push<'a>(row: &'a [Self], rows: &mut Rows<'a>) {
@@ -230,6 +305,24 @@ mod tests {
         }
     }
 
+    struct Pairs<'a, T, C>(&'a [T], &'a mut [C]);
+    impl<T: Element, C: Real> pulp::WithSimd for Pairs<'_, T, C> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let lanes = C::lanes::<S>();
+            for (from, out) in self.0.chunks_exact(2 * lanes).zip(self.1.chunks_exact_mut(2 * lanes)) {
+                // SAFETY: two registers' numbers each.
+                unsafe {
+                    // There and back again, from either side.
+                    let pair = T::out_of_order::<S, C>(T::pair::<S, C>(simd, from.as_ptr()));
+                    let pair = T::out_of_order::<S, C>(T::in_order::<S, C>(pair));
+                    (0..2).for_each(|i| C::store::<S>(out.as_mut_ptr().add(i * lanes), pair[i]));
+                }
+            }
+        }
+    }
+
     fn check<T: Element, C: Real>(numbers: &[T]) {
         let same = |x: T, got: C| {
             let want: f64 = x.to_real();
@@ -249,6 +342,12 @@ mod tests {
                 arch.dispatch(Registers(&numbers[..whole], &mut out));
                 for (&x, &got) in numbers[..whole].iter().zip(&out) {
                     assert!(same(x, got), "{x:?} in a register is {got:?} with {arch:?}");
+                }
+                out.fill(C::ONE);
+                let whole = numbers.len() - numbers.len() % 32;
+                arch.dispatch(Pairs(&numbers[..whole], &mut out));
+                for (&x, &got) in numbers[..whole].iter().zip(&out) {
+                    assert!(same(x, got), "{x:?} in a pair of registers is {got:?} with {arch:?}");
                 }
             }
         }

@@ -64,11 +64,82 @@ fn ask<T>(row: &[T]) {
     row.chunks(64 / size_of::<T>()).for_each(|line| prefetch(line.as_ptr().wrapping_byte_add(AHEAD)));
 }
 
+/// A row's first `N` registers, two by two in [an order of their type](crate::cpu::widen::Widen::in_order).
+///
+/// # Safety
+/// The row must have as many numbers.
+#[inline(always)]
+unsafe fn registers<T: Element, C: Real, S: Simd, const N: usize>(simd: S, from: *const T) -> [C::V<S>; N] {
+    let lanes = C::lanes::<S>();
+    let mut all = [C::splat(simd, C::ZERO); N];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (pairs, rest) = all.as_chunks_mut::<2>();
+        for (i, pair) in pairs.iter_mut().enumerate() {
+            *pair = T::pair::<S, C>(simd, from.add(2 * i * lanes));
+        }
+        for last in rest {
+            *last = T::register::<S, C>(simd, from.add(N / 2 * 2 * lanes));
+        }
+    }
+    all
+}
+
+/// Numbers of the type of arithmetic in the order that [`registers`] of `T` have.
+///
+/// # Safety
+/// So many must be there.
+#[inline(always)]
+unsafe fn in_order<T: Element, C: Real, S: Simd, const N: usize>(simd: S, from: *const C) -> [C::V<S>; N] {
+    let mut all = [C::splat(simd, C::ZERO); N];
+    for (i, register) in all.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *register = unsafe { C::load::<S>(from.add(i * C::lanes::<S>())) };
+    }
+    for pair in all.as_chunks_mut::<2>().0 {
+        *pair = T::in_order::<S, C>(*pair);
+    }
+    all
+}
+
+/// Adds what is in that order to numbers.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn add_to<T: Element, C: Real, S: Simd, const N: usize>(simd: S, mut all: [C::V<S>; N], to: *mut C) {
+    for pair in all.as_chunks_mut::<2>().0 {
+        *pair = T::out_of_order::<S, C>(*pair);
+    }
+    for (i, part) in all.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = to.add(i * C::lanes::<S>());
+            C::store::<S>(to, C::v_add(simd, C::load::<S>(to), part));
+        }
+    }
+}
+
+/// What rows are less by: `LESS` says whether it is anything.
+#[inline(always)]
+fn less<C: Real, S: Simd, const N: usize, const LESS: bool>(
+    simd: S,
+    mut row: [C::V<S>; N],
+    origin: &[C::V<S>; N],
+) -> [C::V<S>; N] {
+    if LESS {
+        for (x, &o) in row.iter_mut().zip(origin) {
+            *x = C::v_sub(simd, *x, o);
+        }
+    }
+    row
+}
+
 /// `out_j = d · (rows_j − origin)`
 pub struct RowDots<'a, R, C> {
     pub rows: R,
     pub d: &'a [C],
-    pub origin: &'a [C],
+    pub origin: Option<&'a [C]>,
     pub out: &'a mut [C],
 }
 
@@ -77,53 +148,70 @@ impl<R: Rows, C: Real> WithSimd for RowDots<'_, R, C> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (dim, lanes) = (self.rows.width(), C::lanes::<S>());
-        assert!(self.d.len() >= dim && self.origin.len() >= dim && self.out.len() == self.rows.count());
+        assert!(self.d.len() >= dim && self.origin.is_none_or(|origin| origin.len() >= dim));
+        assert!(self.out.len() == self.rows.count());
         // SAFETY: everything is as long as the rows.
         unsafe {
-            match dim / lanes {
-                4 => self.of_registers::<S>(simd, 4),
-                8 => self.of_registers::<S>(simd, 8),
-                n => self.of_registers::<S>(simd, n),
+            match (dim / lanes, self.origin.is_some()) {
+                (2, false) => self.of_registers::<S, 2, false>(simd),
+                (4, false) => self.of_registers::<S, 4, false>(simd),
+                (8, false) => self.of_registers::<S, 8, false>(simd),
+                (4, true) => self.of_registers::<S, 4, true>(simd),
+                (8, true) => self.of_registers::<S, 8, true>(simd),
+                (_, false) => self.of_registers::<S, 0, false>(simd),
+                (_, true) => self.of_registers::<S, 0, true>(simd),
             }
         }
     }
 }
 
 impl<R: Rows, C: Real> RowDots<'_, R, C> {
-    /// Rows of `n` registers and less than one more. Inlined where `n` is a constant, its loop is unrolled.
+    /// Rows of `N` registers and less than one more, or of any length where it is 0.
     ///
     /// # Safety
     /// `d` and `origin` must be as long as the rows.
     #[inline(always)]
-    unsafe fn of_registers<S: Simd>(self, simd: S, n: usize) {
+    unsafe fn of_registers<S: Simd, const N: usize, const LESS: bool>(self, simd: S) {
         let Self { rows, d, origin, out } = self;
         let (dim, count, lanes) = (rows.width(), rows.count(), C::lanes::<S>());
+        let whole = dim - dim % lanes;
         let tail = last_register::<C>(&d[..dim], lanes);
+        let origin = if LESS { origin.expect("what rows are less by") } else { d };
+        // SAFETY: `N` registers are no more than a row.
+        let (ordered, ordered_origin) = unsafe {
+            let d = in_order::<R::Item, C, S, N>(simd, d.as_ptr());
+            (d, if LESS { in_order::<R::Item, C, S, N>(simd, origin.as_ptr()) } else { d })
+        };
         for first in (0..count).step_by(4) {
             let rows = [0, 1, 2, 3].map(|i| rows.row((first + i).min(count - 1)));
             rows.iter().for_each(|row| ask(row));
             let mut sums = [C::splat(simd, C::ZERO); 4];
-            for at in (0..n).map(|i| i * lanes) {
-                // SAFETY: registers at multiples of their length below `n`, which all of these have.
-                unsafe {
-                    let d = C::load::<S>(d.as_ptr().add(at));
-                    add_products::<R::Item, C, S, 4>(simd, d, rows, origin, at, &mut sums);
+            // SAFETY: registers at multiples of their length within rows, `d` and `origin`, or at the end of rows longer than
+            // one; `tail` is as long.
+            unsafe {
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    let row = registers::<R::Item, C, S, N>(simd, row.as_ptr());
+                    let row = less::<C, S, N, LESS>(simd, row, &ordered_origin);
+                    for (d, x) in ordered.iter().zip(row) {
+                        *sum = C::fma(simd, *d, x, *sum);
+                    }
                 }
-            }
-            let rest = n * lanes..dim;
-            if n > 0 && !rest.is_empty() {
-                // The last register of the row, with zeros for what was there before.
-                // SAFETY: rows and `origin` are longer than a register, and `tail` as long.
-                unsafe {
+                for at in (N * lanes..whole).step_by(lanes) {
+                    let d = C::load::<S>(d.as_ptr().add(at));
+                    add_products::<R::Item, C, S, LESS>(simd, d, rows, origin, at, &mut sums);
+                }
+                if whole > 0 && whole < dim {
+                    // The last register of the row, with zeros for what was there before.
                     let d = C::load::<S>(tail.as_ptr());
-                    add_products::<R::Item, C, S, 4>(simd, d, rows, origin, dim - lanes, &mut sums);
+                    add_products::<R::Item, C, S, LESS>(simd, d, rows, origin, dim - lanes, &mut sums);
                 }
             }
             let mut sums = C::reduce_four(simd, sums);
-            if n == 0 {
+            if whole == 0 {
                 for (sum, row) in sums.iter_mut().zip(rows) {
-                    for at in rest.clone() {
-                        *sum += d[at] * (row[at].to_real::<C>() - origin[at]);
+                    for at in 0..dim {
+                        let x = row[at].to_real::<C>();
+                        *sum += d[at] * if LESS { x - origin[at] } else { x };
                     }
                 }
             }
@@ -132,36 +220,34 @@ impl<R: Rows, C: Real> RowDots<'_, R, C> {
     }
 }
 
-/// Adds the products of a register of `d` with those from `at` on of some rows less `origin`, which it returns.
+/// Adds the products of a register of `d` with those from `at` on of some rows less `origin`.
 ///
 /// # Safety
-/// Rows and `origin` must have a register's numbers from `at` on.
+/// Rows, and `origin` if they are less by it, must have a register's numbers from `at` on.
 #[inline(always)]
-unsafe fn add_products<T: Element, C: Real, S: Simd, const G: usize>(
+unsafe fn add_products<T: Element, C: Real, S: Simd, const LESS: bool>(
     simd: S,
     d: C::V<S>,
-    rows: [&[T]; G],
+    rows: [&[T]; 4],
     origin: &[C],
     at: usize,
     sums: &mut [C::V<S>; 4],
-) -> [C::V<S>; G] {
-    let mut less = [d; G];
+) {
     // SAFETY: the caller's promise.
     unsafe {
-        let origin = C::load::<S>(origin.as_ptr().add(at));
-        for ((less, sum), row) in less.iter_mut().zip(sums).zip(rows) {
-            *less = C::v_sub(simd, T::register::<S, C>(simd, row.as_ptr().add(at)), origin);
-            *sum = C::fma(simd, d, *less, *sum);
+        let origin = if LESS { C::load::<S>(origin.as_ptr().add(at)) } else { d };
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            let x = T::register::<S, C>(simd, row.as_ptr().add(at));
+            *sum = C::fma(simd, d, if LESS { C::v_sub(simd, x, origin) } else { x }, *sum);
         }
     }
-    less
 }
 
 /// What a step of conjugate gradients needs of some rows, all less `origin`: `t_j = d · rows_j − shift`, and `out += Σ_j w_j t_j rows_j`, where
 /// rows with a weight of 0 count for nothing. Returns `Σ_j w_j t_j`.
 pub struct RowStep<'a, R, C> {
     pub rows: R,
-    pub origin: &'a [C],
+    pub origin: Option<&'a [C]>,
     pub d: &'a [C],
     /// At least [`FEW`] numbers, whatever the rows are; so for `t`.
     pub w: &'a [C],
@@ -176,18 +262,21 @@ impl<R: Rows, C: Real> WithSimd for RowStep<'_, R, C> {
     fn with_simd<S: Simd>(self, simd: S) -> C {
         let (dim, count, lanes) = (self.rows.width(), self.rows.count(), C::lanes::<S>());
         assert!(count <= FEW && self.w.len() >= FEW && self.t.len() >= FEW);
-        assert!([self.origin.len(), self.d.len(), self.out.len()].iter().all(|&len| len >= dim));
+        assert!(self.d.len() >= dim && self.out.len() >= dim);
+        assert!(self.origin.is_none_or(|origin| origin.len() >= dim));
         // With 32 registers, rows of the usual lengths are read once.
         if S::REGISTER_COUNT >= 32 && dim.is_multiple_of(lanes) {
             // SAFETY: everything is as long as the rows, and these as long as is said.
             unsafe {
-                match dim / lanes {
-                    2 => return self.held::<S, 2, 4>(simd),
-                    3 => return self.held::<S, 3, 4>(simd),
-                    4 => return self.held::<S, 4, 4>(simd),
-                    5 => return self.held::<S, 5, 2>(simd),
-                    6 => return self.held::<S, 6, 2>(simd),
-                    8 => return self.held::<S, 8, 2>(simd),
+                match (dim / lanes, self.origin.is_some()) {
+                    (2, false) => return self.held::<S, 2, 4, false>(simd),
+                    (3, false) => return self.held::<S, 3, 4, false>(simd),
+                    (4, false) => return self.held::<S, 4, 4, false>(simd),
+                    (5, false) => return self.held::<S, 5, 2, false>(simd),
+                    (6, false) => return self.held::<S, 6, 2, false>(simd),
+                    (8, false) => return self.held::<S, 8, 2, false>(simd),
+                    (4, true) => return self.held::<S, 4, 4, true>(simd),
+                    (8, true) => return self.held::<S, 8, 2, true>(simd),
                     _ => (),
                 }
             }
@@ -210,27 +299,41 @@ impl<R: Rows, C: Real> RowStep<'_, R, C> {
     /// # Safety
     /// Rows, `origin`, `d` and `out` must have so many numbers, and `w` one for each row.
     #[inline(always)]
-    unsafe fn held<S: Simd, const N: usize, const G: usize>(self, simd: S) -> C {
+    unsafe fn held<S: Simd, const N: usize, const G: usize, const LESS: bool>(self, simd: S) -> C {
         let Self { rows, origin, d, w, shift, t, out } = self;
-        let (count, lanes) = (rows.count(), C::lanes::<S>());
+        let count = rows.count();
+        let zero = C::splat(simd, C::ZERO);
         let mut total = C::ZERO;
         // SAFETY: the caller's promise.
         unsafe {
-            let mut parts: [C::V<S>; N] = std::array::from_fn(|i| C::load::<S>(out.as_ptr().add(i * lanes)));
+            let d = in_order::<R::Item, C, S, N>(simd, d.as_ptr());
+            let origin = if LESS {
+                in_order::<R::Item, C, S, N>(simd, origin.expect("what rows are less by").as_ptr())
+            } else {
+                d
+            };
+            let mut parts = [zero; N];
             for first in (0..count).step_by(G) {
                 // Rows that are not there are the last one, with a weight of 0.
                 let here: [&[R::Item]; G] = std::array::from_fn(|g| rows.row((first + g).min(count - 1)));
-                here.iter().for_each(|row| ask(&row[..N * lanes]));
-                let mut sums = [C::splat(simd, C::ZERO); 4];
-                // By columns, as they come.
-                let mut held = [[C::splat(simd, C::ZERO); G]; N];
-                for (i, held) in held.iter_mut().enumerate() {
-                    let d = C::load::<S>(d.as_ptr().add(i * lanes));
-                    *held = add_products::<R::Item, C, S, G>(simd, d, here, origin, i * lanes, &mut sums);
+                here.iter().for_each(|row| ask(row));
+                let mut held = [[zero; N]; G];
+                for (held, row) in held.iter_mut().zip(here) {
+                    let row = registers::<R::Item, C, S, N>(simd, row.as_ptr());
+                    *held = less::<C, S, N, LESS>(simd, row, &origin);
+                }
+                // Two rows have two sums each, so that additions wait for fewer of them.
+                let each = 4 / G;
+                let mut sums = [zero; 4];
+                for (g, row) in held.iter().enumerate() {
+                    for (i, (&d, &x)) in d.iter().zip(row).enumerate() {
+                        let sum = &mut sums[g * each + i % each];
+                        *sum = C::fma(simd, d, x, *sum);
+                    }
                 }
                 let sums = C::reduce_four(simd, sums);
-                for (g, sum) in sums.into_iter().enumerate().take(G) {
-                    let product = sum - shift;
+                for (g, row) in held.iter().enumerate() {
+                    let product = if G == 2 { sums[2 * g] + sums[2 * g + 1] } else { sums[g] } - shift;
                     let mut weighted = C::ZERO;
                     if first + g < count {
                         t[first + g] = product;
@@ -240,14 +343,12 @@ impl<R: Rows, C: Real> RowStep<'_, R, C> {
                     }
                     total += weighted;
                     let weighted = C::splat(simd, weighted);
-                    for (part, held) in parts.iter_mut().zip(&held) {
-                        *part = C::fma(simd, weighted, held[g], *part);
+                    for (part, &x) in parts.iter_mut().zip(row) {
+                        *part = C::fma(simd, weighted, x, *part);
                     }
                 }
             }
-            for (i, part) in parts.into_iter().enumerate() {
-                C::store::<S>(out.as_mut_ptr().add(i * lanes), part);
-            }
+            add_to::<R::Item, C, S, N>(simd, parts, out.as_mut_ptr());
         }
         total
     }
@@ -281,7 +382,7 @@ pub struct RowSums<'a, R, C, const W: usize> {
     pub rows: R,
     /// Whether nobody has looked at the rows just before, and asked for those that follow.
     pub fresh: bool,
-    pub origin: &'a [C],
+    pub origin: Option<&'a [C]>,
     pub sums: [Sum<'a, C>; W],
 }
 
@@ -289,41 +390,56 @@ impl<R: Rows, C: Real, const W: usize> WithSimd for RowSums<'_, R, C, W> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        let dim = self.rows.width();
+        assert!(self.origin.is_none_or(|origin| origin.len() >= dim));
+        assert!(self.sums.iter().all(|sum| sum.out.len() >= dim && sum.weights.len() == self.rows.count()));
+        if self.origin.is_some() {
+            self.less::<S, true>(simd);
+        } else {
+            self.less::<S, false>(simd);
+        }
+    }
+}
+
+impl<R: Rows, C: Real, const W: usize> RowSums<'_, R, C, W> {
+    #[inline(always)]
+    fn less<S: Simd, const LESS: bool>(self, simd: S) {
         let Self { rows, fresh, origin, mut sums } = self;
         let (dim, lanes) = (rows.width(), C::lanes::<S>());
-        assert!(origin.len() >= dim);
-        assert!(sums.iter().all(|sum| sum.out.len() >= dim && sum.weights.len() == rows.count()));
-        if fresh {
-            (0..rows.count()).for_each(|j| ask(rows.row(j)));
-        }
+        let origin = origin.unwrap_or_default();
         let mut at = 0;
         // SAFETY: as many registers as are added are below `dim`, which all of these have.
         unsafe {
-            // Two parts of every sum, the origin, a row and its weights have to fit.
-            while (S::REGISTER_COUNT >= 32 || W == 1) && at + 4 * lanes <= dim {
-                add_rows::<R, C, S, W, 4>(simd, &rows, origin, &mut sums, at);
+            // Sums, the origin, two registers of a row and its weights have to fit.
+            let most = if S::REGISTER_COUNT >= 32 || W == 1 { 8 } else { 4 };
+            while most >= 8 && at + 8 * lanes <= dim {
+                add_rows::<R, C, S, W, 8, LESS>(simd, &rows, fresh, origin, &mut sums, at);
+                at += 8 * lanes;
+            }
+            while at + 4 * lanes <= dim {
+                add_rows::<R, C, S, W, 4, LESS>(simd, &rows, fresh, origin, &mut sums, at);
                 at += 4 * lanes;
             }
-            while S::REGISTER_COUNT < 32 && W > 1 && at + 2 * lanes <= dim {
-                add_rows::<R, C, S, W, 2>(simd, &rows, origin, &mut sums, at);
+            while at + 2 * lanes <= dim {
+                add_rows::<R, C, S, W, 2, LESS>(simd, &rows, fresh, origin, &mut sums, at);
                 at += 2 * lanes;
             }
             while at + lanes <= dim {
-                add_rows::<R, C, S, W, 1>(simd, &rows, origin, &mut sums, at);
+                add_rows::<R, C, S, W, 1, LESS>(simd, &rows, fresh, origin, &mut sums, at);
                 at += lanes;
             }
         }
         if at < dim && dim > lanes {
             // The last register of the rows, of which a part is added.
             let mut last = [[C::ZERO; MOST_LANES]; W];
-            let origin = &origin[dim - lanes..];
+            let origin = if LESS { &origin[dim - lanes..] } else { origin };
             let mut parts: [Sum<C>; W] = std::array::from_fn(|_| Sum { weights: &[], out: &mut [] });
             for ((part, sum), last) in parts.iter_mut().zip(&sums).zip(&mut last) {
                 *part = Sum { weights: sum.weights, out: last };
             }
             let ends = Ends { rows, from: dim - lanes };
             // SAFETY: a register of the rows' ends, of `origin` and of sums.
-            unsafe { add_rows::<Ends<R>, C, S, W, 1>(simd, &ends, origin, &mut parts, 0) };
+            unsafe { add_rows::<Ends<R>, C, S, W, 1, LESS>(simd, &ends, false, origin, &mut parts, 0) };
             for (sum, last) in sums.iter_mut().zip(&last) {
                 let parts = &last[lanes - (dim - at)..lanes];
                 sum.out[at..dim].iter_mut().zip(parts).for_each(|(out, &x)| *out += x);
@@ -333,7 +449,8 @@ impl<R: Rows, C: Real, const W: usize> WithSimd for RowSums<'_, R, C, W> {
         for at in at..dim {
             for Sum { weights, out } in &mut sums {
                 for (j, &weight) in weights.iter().enumerate() {
-                    out[at] += weight * (rows.row(j)[at].to_real::<C>() - origin[at]);
+                    let x = rows.row(j)[at].to_real::<C>();
+                    out[at] += weight * if LESS { x - origin[at] } else { x };
                 }
             }
         }
@@ -359,80 +476,41 @@ impl<R: Rows> Rows for Ends<R> {
     }
 }
 
-/// [`RowSums`] for `N` registers of columns from `at` on, each in two parts, so that additions need not wait for each other.
+/// [`RowSums`] for `N` registers of columns from `at` on.
 ///
 /// # Safety
-/// Rows, `origin` and sums must have that many numbers, and every sum a weight for each row.
+/// Rows, sums, and `origin` if rows are less by it, must have that many numbers, and every sum a weight for each row.
 #[inline(always)]
-unsafe fn add_rows<R: Rows, C: Real, S: Simd, const W: usize, const N: usize>(
+unsafe fn add_rows<R: Rows, C: Real, S: Simd, const W: usize, const N: usize, const LESS: bool>(
     simd: S,
     rows: &R,
+    fresh: bool,
     origin: &[C],
     sums: &mut [Sum<C>; W],
     at: usize,
 ) {
-    let place = |i: usize| at + i * C::lanes::<S>();
+    let zero = C::splat(simd, C::ZERO);
+    let mut parts = [[zero; N]; W];
     // SAFETY: the caller's promise.
     unsafe {
-        let origin: [C::V<S>; N] = std::array::from_fn(|i| C::load::<S>(origin.as_ptr().add(place(i))));
-        let count = rows.count();
-        let mut parts = [[[C::splat(simd, C::ZERO); N]; W]; 2];
-        for first in (0..count - count % 2).step_by(2) {
-            for (j, part) in parts.iter_mut().enumerate() {
-                add_row::<R::Item, C, S, W, N>(
-                    simd,
-                    rows.row(first + j),
-                    (first + j, at),
-                    &origin,
-                    sums,
-                    part,
-                );
+        let origin =
+            if LESS { in_order::<R::Item, C, S, N>(simd, origin.as_ptr().add(at)) } else { [zero; N] };
+        for j in 0..rows.count() {
+            let row = rows.row(j);
+            if fresh {
+                ask(&row[at..at + N * C::lanes::<S>()]);
+            }
+            let row = registers::<R::Item, C, S, N>(simd, row.as_ptr().add(at));
+            let row = less::<C, S, N, LESS>(simd, row, &origin);
+            for (parts, sum) in parts.iter_mut().zip(&*sums) {
+                let weight = C::splat(simd, *sum.weights.get_unchecked(j));
+                for (part, &x) in parts.iter_mut().zip(&row) {
+                    *part = C::fma(simd, weight, x, *part);
+                }
             }
         }
-        if count % 2 == 1 {
-            add_row::<R::Item, C, S, W, N>(
-                simd,
-                rows.row(count - 1),
-                (count - 1, at),
-                &origin,
-                sums,
-                &mut parts[0],
-            );
-        }
-        let [even, odd] = parts;
-        for ((sum, even), odd) in sums.iter_mut().zip(even).zip(odd) {
-            for (i, (even, odd)) in even.into_iter().zip(odd).enumerate() {
-                let to = sum.out.as_mut_ptr().add(place(i));
-                let part = C::v_add(simd, even, odd);
-                C::store::<S>(to, C::v_add(simd, C::load::<S>(to), part));
-            }
-        }
-    }
-}
-
-/// One row's part of [`add_rows`].
-///
-/// # Safety
-/// As there.
-#[inline(always)]
-unsafe fn add_row<T: Element, C: Real, S: Simd, const W: usize, const N: usize>(
-    simd: S,
-    row: &[T],
-    (j, at): (usize, usize),
-    origin: &[C::V<S>; N],
-    sums: &[Sum<C>; W],
-    part: &mut [[C::V<S>; N]; W],
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let weights: [C::V<S>; W] =
-            std::array::from_fn(|w| C::splat(simd, *sums[w].weights.get_unchecked(j)));
-        for i in 0..N {
-            let x = T::register::<S, C>(simd, row.as_ptr().add(at + i * C::lanes::<S>()));
-            let x = C::v_sub(simd, x, origin[i]);
-            for w in 0..W {
-                part[w][i] = C::fma(simd, weights[w], x, part[w][i]);
-            }
+        for (sum, parts) in sums.iter_mut().zip(parts) {
+            add_to::<R::Item, C, S, N>(simd, parts, sum.out.as_mut_ptr().add(at));
         }
     }
 }
@@ -451,11 +529,16 @@ mod tests {
     }
 
     fn all_sizes<T: Element, C: Real>() {
+        sizes_of::<T, C>(false);
+        sizes_of::<T, C>(true);
+    }
+
+    fn sizes_of<T: Element, C: Real>(less: bool) {
         let value = |i: usize| ((i * 7919) % 101) as f64 / 16.0 - 3.0;
         for arch in crate::cpu::tests::architectures() {
             for dim in (1..=36).chain([40, 47, 48, 64, 72, 80, 96, 100, 112, 127, 128, 130, 256]) {
                 for count in [1, 2, 3, 4, 7, 16, FEW] {
-                    let what = format!("{} in {}, {arch:?}, {dim}, {count}", T::NAME, size_of::<C>());
+                    let what = format!("{} in {}, {arch:?}, {dim}, {count}, {less}", T::NAME, size_of::<C>());
                     let numbers: Vec<T> =
                         (0..dim * count).map(|i| T::from_real(C::of_f64(value(i)))).collect();
                     let rows: Vec<&[T]> = numbers.chunks(dim).collect();
@@ -468,7 +551,10 @@ mod tests {
                     w.iter_mut().for_each(|w| *w = if *w < C::ZERO { -*w } else { *w });
                     let shift = C::of_f64(0.5);
 
-                    let of = |j: usize, i: usize| rows[j][i].to_real::<C>().as_f64() - origin[i].as_f64();
+                    let origin = less.then_some(&origin[..]);
+                    let of = |j: usize, i: usize| {
+                        rows[j][i].to_real::<C>().as_f64() - origin.map_or(0.0, |origin| origin[i].as_f64())
+                    };
                     let products: Vec<f64> =
                         (0..count).map(|j| (0..dim).map(|i| d[i].as_f64() * of(j, i)).sum()).collect();
                     let sums = |weights: &[f64], begin: f64| -> Vec<f64> {
@@ -483,13 +569,13 @@ mod tests {
                         plain.iter().zip(&products).map(|(w, t)| w * (t - 0.5)).collect();
 
                     let mut out = vec![C::ONE; count];
-                    let dots = RowDots { rows: &rows[..], d: &d, origin: &origin, out: &mut out };
+                    let dots = RowDots { rows: &rows[..], d: &d, origin, out: &mut out };
                     arch.dispatch(dots);
                     close(&what, &out, &products);
 
                     let [mut one, mut other] = [vec![C::ONE; dim], vec![C::ZERO; dim]];
                     let [first, second] = [&mut one, &mut other].map(|out| Sum { weights: &w[..count], out });
-                    let (rows, fresh, origin) = (&rows[..], true, &origin[..]);
+                    let (rows, fresh) = (&rows[..], true);
                     arch.dispatch(RowSums { rows, fresh, origin, sums: [first, second] });
                     close(&what, &one, &sums(&plain, 1.0));
                     close(&what, &other, &sums(&plain, 0.0));

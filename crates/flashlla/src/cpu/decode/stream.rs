@@ -50,7 +50,7 @@ pub struct Stream<'a, C> {
     pub rows: &'a [Row],
     pub splits: Vec<Range<usize>>,
     pub width: usize,
-    /// The reference key, which all keys are less by.
+    /// The reference key, which all keys are less by. Zero where keys differ by more than what they have in common.
     pub origin: Vec<C>,
     /// About the largest norm of a key less the reference.
     pub longest: C,
@@ -205,6 +205,17 @@ impl<'a, C: Real> Stream<'a, C> {
             }
         }
         self.longest = self.longest + self.longest;
+        // Little would cancel then, and nothing is left to take away from each key.
+        let common = self.origin.iter().map(|&x| x * x).sum::<C>();
+        if common <= self.longest * self.longest {
+            self.longest += common.root();
+            self.origin.fill(C::ZERO);
+        }
+    }
+
+    /// The reference key, if it is not zero.
+    pub fn less(&self) -> Option<&[C]> {
+        self.origin.iter().any(|&x| x != C::ZERO).then_some(&self.origin[..])
     }
 
     /// The tiles of a split: number, first token and how many.
@@ -297,7 +308,7 @@ impl<'a, C: Real> Stream<'a, C> {
             let mut ahead = Ahead::new(self, self.inputs.k, next, steps);
             // One row's products are made where the keys lie: to put them down first would take longer than to look at them twice.
             let in_place = n == 1 && !moments && !careful;
-            let tokens = Tokens { place: self.place, range: first..first + count, origin: &self.origin };
+            let tokens = Tokens { place: self.place, range: first..first + count, origin: self.less() };
             let in_place = in_place && {
                 weights[count..].fill(C::ZERO);
                 self.inputs.k.dots(arch, tokens.clone(), &self.q, &mut weights[..count])

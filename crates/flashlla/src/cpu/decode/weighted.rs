@@ -195,6 +195,7 @@ impl<C: Real> Weighted<'_, C> {
         if self.stream.rows.len() > 1 || self.careful.contains(&true) {
             return None;
         }
+        let less = self.stream.less();
         let Path { products, last, .. } = &mut self.path;
         if products.is_empty() {
             products.extend(self.weights.iter().map(|w| [vec![C::ZERO; w.len()], vec![C::ZERO; w.len()]]));
@@ -214,7 +215,7 @@ impl<C: Real> Weighted<'_, C> {
                     if !run.goes_on() {
                         break;
                     }
-                    let tokens = Tokens { place, range: first..first + count, origin };
+                    let tokens = Tokens { place, range: first..first + count, origin: less };
                     let tile = i * TILE..(i + 1) * TILE;
                     let (w, t) = (&weights[tile.clone()], &mut products[tile]);
                     sum += inputs.k.step(run.arch, tokens, Step { d, w, shift, t, out: &mut out })?;
@@ -237,35 +238,45 @@ impl<C: Real> Weighted<'_, C> {
 
     /// The output of the only row, with values, and keys if need be, where they lie, if they can be used there and all are finite.
     ///
-    /// It is `Σ p_j (1 − (t_j − s)) v_j` with `t_j = k_j·x` and `s = Σ p_j t_j`, over these very products (see [`shifts`]). What is taken for
-    /// `s` at first is `near`; what it errs by, times the mean value, is added. Where `x` was reached by steps that have looked at the keys, the
-    /// products are known.
+    /// It is `Σ p_j (1 − (t_j − s)) v_j` with `t_j = k_j·x` and `s = Σ p_j t_j`, over these very products (see [`shifts`]). Where `x` was reached
+    /// by steps that have looked at the keys, the products are known, and so is `s`. If not, `near` is taken for it, and what that errs by, times the mean
+    /// value, is added.
     ///
     /// [`shifts`]: crate::cpu::solve::shifts
     fn output_in_place(&mut self, arith: &Arith, x: &[C], near: C, width: usize) -> Option<Vec<C>> {
-        let Stream { inputs, place, ref origin, ref splits, run, .. } = *self.stream;
+        let Stream { inputs, place, ref splits, run, .. } = *self.stream;
         if self.stream.rows.len() > 1 || self.careful.contains(&true) {
             return None;
         }
-        let Path { x: reached, products, last, .. } = std::mem::take(&mut self.path);
-        let (mut known, near) = if reached == x && products.len() == splits.len() {
-            (products.into_iter().map(Some).collect(), C::ZERO)
+        let less = self.stream.less();
+        let Path { x: reached, mut products, last, .. } = std::mem::take(&mut self.path);
+        let known = reached == x && products.len() == splits.len();
+        let [one, zero] = [C::ONE, C::ZERO];
+        let shift = if known {
+            let sums: Vec<C> = products
+                .par_iter_mut()
+                .with_max_len(1)
+                .zip(&self.weights)
+                .map(|(products, weights)| {
+                    Path::settle(&Arith::new(run.arch), products, last);
+                    let ([t, room], w) = (products, &weights[..]);
+                    room.copy_from_slice(t);
+                    run.arch.dispatch(Weigh { t: room, w, shift: zero, sign: one, one: zero })
+                })
+                .collect();
+            sums.into_iter().sum::<C>() * self.inv_sum[0]
         } else {
-            (splits.iter().map(|_| None).collect::<Vec<_>>(), near)
+            near
         };
-        let zeros = vec![C::ZERO; width];
+        let zeros = vec![zero; width];
         let parts: Option<Vec<[Vec<C>; 3]>> = splits
             .par_iter()
             .with_max_len(1)
             .zip(&self.weights)
-            .zip(&mut known)
-            .map(|((split, weights), known)| {
-                let arith = Arith::new(run.arch);
-                if let Some(products) = known {
-                    Path::settle(&arith, products, last);
-                }
-                let (mut out, mut mean, mut off) = (zeros.clone(), zeros.clone(), C::ZERO);
-                let mut t = [C::ZERO; FEW];
+            .enumerate()
+            .map(|(split_number, (split, weights))| {
+                let (mut out, mut mean, mut off) = (zeros.clone(), zeros.clone(), zero);
+                let mut t = [zero; FEW];
                 for (i, first, count) in Stream::<C>::tiles(split) {
                     if !run.goes_on() {
                         break;
@@ -273,22 +284,24 @@ impl<C: Real> Weighted<'_, C> {
                     for (few, range) in by_few(first..first + count) {
                         let at = i * TILE + few.start..i * TILE + few.end;
                         let (w, count) = (&weights[at.clone()], range.len());
-                        let keys = Tokens { place, range, origin };
-                        let values = Tokens { origin: &zeros, ..keys.clone() };
-                        if let Some([products, _]) = known {
-                            t.copy_from_slice(&products[at]);
+                        let keys = Tokens { place, range, origin: less };
+                        let values = Tokens { origin: None, ..keys.clone() };
+                        let done = if known {
+                            t.copy_from_slice(&products[split_number][0][at]);
+                            run.arch.dispatch(Weigh { t: &mut t, w, shift, sign: -one, one });
+                            let sum = Sum { weights: &t[..count], out: &mut out };
+                            inputs.v.combine(run.arch, values, true, sum, None)
                         } else {
-                            t[count..].fill(C::ZERO);
-                            if !inputs.k.dots(run.arch, keys, x, &mut t[..count]) {
-                                return None;
+                            t[count..].fill(zero);
+                            inputs.k.dots(run.arch, keys, x, &mut t[..count]) && {
+                                off += run.arch.dispatch(Weigh { t: &mut t, w, shift, sign: one, one: zero });
+                                t.iter_mut().zip(w).for_each(|(t, &w)| *t = w - *t);
+                                let sum = Sum { weights: &t[..count], out: &mut out };
+                                let other = Sum { weights: &w[..count], out: &mut mean };
+                                inputs.v.combine(run.arch, values, true, sum, Some(other))
                             }
-                        }
-                        let [one, zero] = [C::ONE, C::ZERO];
-                        off += run.arch.dispatch(Weigh { t: &mut t, w, shift: near, sign: one, one: zero });
-                        t.iter_mut().zip(w).for_each(|(t, &w)| *t = w - *t);
-                        let sum = Sum { weights: &t[..count], out: &mut out };
-                        let other = Sum { weights: &w[..count], out: &mut mean };
-                        if !inputs.v.combine(run.arch, values, true, sum, Some(other)) {
+                        };
+                        if !done {
                             return None;
                         }
                     }
@@ -296,17 +309,17 @@ impl<C: Real> Weighted<'_, C> {
                 Some([out, mean, vec![off]])
             })
             .collect();
-        let mut sums = [zeros.clone(), zeros, vec![C::ZERO]];
+        let mut sums = [zeros.clone(), zeros, vec![zero]];
         for part in parts? {
             for (sum, part) in sums.iter_mut().zip(part) {
                 sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
             }
         }
         let keys = self.stream.keys();
-        if known.iter().any(Option::is_none) {
+        if !known {
             arith.count([1, keys, self.stream.dim()]);
         }
-        arith.count([2, keys, width]);
+        arith.count([if known { 1 } else { 2 }, keys, width]);
         let ([mut out, mean, off], inv) = (sums, self.inv_sum[0]);
         arith.combine(&mut out, inv, off[0] * inv * inv, &mean);
         out.iter().all(|x| x.is_finite()).then_some(out)
