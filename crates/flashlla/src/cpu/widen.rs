@@ -172,8 +172,8 @@ impl Widen for bf16 {
         unsafe { one_by_one::<_, S, C>(from, |x| C::of_f32(f32::from_bits(u32::from(x.to_bits()) << 16))) }
     }
 
-    // Those at even places and those at odd ones: a shift and a mask of words of two numbers, where one register at a time takes as many
-    // instructions and a wider load for half as much.
+    // Those at even places and those at odd ones: a shift and a mask of words of two numbers. One register at a time takes twice as many
+    // instructions.
     #[inline(always)]
     unsafe fn pair<S: Simd, C: Real>(simd: S, from: *const Self) -> [C::V<S>; 2] {
         // SAFETY: the caller's promise; words are as long as two numbers, and a `Real` of four bytes is `f32`. Registers are plain values.

@@ -271,7 +271,7 @@ impl<T: Element, C: Real> WithSimd for Read<'_, T, C> {
 }
 
 /// Asks for the memory there, as far as the second-level cache: the first level has fewer places for what is on its way (on a
-/// Zen 4 passes took 1.4 times as long with it).
+/// Zen 4 decodings took 1.2 to 1.4 times as long with it).
 #[inline(always)]
 pub fn prefetch<T>(place: *const T) {
     #[cfg(target_arch = "x86_64")]
