@@ -22,9 +22,7 @@ pub trait Widen: Copy + 'static {
     #[inline(always)]
     unsafe fn pair<S: Simd, C: Real>(simd: S, from: *const Self) -> [C::V<S>; 2] {
         // SAFETY: the caller's promise.
-        unsafe {
-            [Self::register::<S, C>(simd, from), Self::register::<S, C>(simd, from.add(C::lanes::<S>()))]
-        }
+        unsafe { one_and_next::<Self, S, C>(simd, from) }
     }
     /// From two registers of numbers one after the other to that order.
     #[inline(always)]
@@ -61,6 +59,22 @@ unsafe fn one_by_one<T: Copy, S: Simd, C: Real>(from: *const T, of: impl Fn(T) -
 #[inline(always)]
 fn is_f32<S: Simd, C: Real>(lanes: usize) -> bool {
     size_of::<C>() == size_of::<f32>() && S::F32_LANES == lanes
+}
+
+/// Two registers full of numbers one after the other.
+///
+/// # Safety
+/// As many must be readable.
+#[inline(always)]
+unsafe fn one_and_next<T: Widen, S: Simd, C: Real>(simd: S, from: *const T) -> [C::V<S>; 2] {
+    // SAFETY: the caller's promise.
+    unsafe { [T::register::<S, C>(simd, from), T::register::<S, C>(simd, from.add(C::lanes::<S>()))] }
+}
+
+/// Whether pairs of registers of `bf16` numbers have those at even places first.
+#[inline(always)]
+fn evens_then_odds<C: Real>() -> bool {
+    size_of::<C>() == size_of::<f32>() && cfg!(target_endian = "little")
 }
 
 /// From two registers of numbers one after the other to those at even places and those at odd ones, or back.
@@ -178,20 +192,20 @@ impl Widen for bf16 {
     unsafe fn pair<S: Simd, C: Real>(simd: S, from: *const Self) -> [C::V<S>; 2] {
         // SAFETY: the caller's promise; words are as long as two numbers, and a `Real` of four bytes is `f32`. Registers are plain values.
         unsafe {
-            if size_of::<C>() == size_of::<f32>() && cfg!(target_endian = "little") {
+            if evens_then_odds::<C>() {
                 let words = from.cast::<S::u32s>().read_unaligned();
                 let even = simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16));
                 let odd = simd.and_u32s(words, simd.splat_u32s(0xffff_0000));
                 let [even, odd] = [simd.transmute_f32s_u32s(even), simd.transmute_f32s_u32s(odd)];
                 return [std::mem::transmute_copy(&even), std::mem::transmute_copy(&odd)];
             }
-            [Self::register::<S, C>(simd, from), Self::register::<S, C>(simd, from.add(C::lanes::<S>()))]
+            one_and_next::<Self, S, C>(simd, from)
         }
     }
 
     #[inline(always)]
     fn in_order<S: Simd, C: Real>(pair: [C::V<S>; 2]) -> [C::V<S>; 2] {
-        if size_of::<C>() == size_of::<f32>() && cfg!(target_endian = "little") {
+        if evens_then_odds::<C>() {
             return evens_and_odds::<S, C, false>(pair);
         }
         pair
@@ -199,7 +213,7 @@ impl Widen for bf16 {
 
     #[inline(always)]
     fn out_of_order<S: Simd, C: Real>(pair: [C::V<S>; 2]) -> [C::V<S>; 2] {
-        if size_of::<C>() == size_of::<f32>() && cfg!(target_endian = "little") {
+        if evens_then_odds::<C>() {
             return evens_and_odds::<S, C, true>(pair);
         }
         pair

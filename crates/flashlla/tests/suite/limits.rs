@@ -57,15 +57,6 @@ fn floor(attention: &Attention, data: &Data, rows: &Tensor<f64>) -> f64 {
     0.2 * softmax_mean(attention, data, &sizes).iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-#[track_caller]
-fn assert_near(what: &str, got: &[f64], want: &[f64], floor: f64, tolerance: f64) {
-    let error = relative_error(got, want, floor);
-    assert!(
-        error <= tolerance,
-        "{what}: relative error {error:.3e} > {tolerance:.1e}\ngot  {got:?}\nwant {want:?}"
-    );
-}
-
 fn engine_types() -> impl Iterator<Item = (AnyEngine, Dtype)> {
     let uncentred = (AnyEngine::uncentred(), Dtype::F64);
     AnyEngine::with_types(Grid::Half).into_iter().chain([uncentred])

@@ -394,16 +394,16 @@ impl<R: Rows, C: Real, const W: usize> WithSimd for RowSums<'_, R, C, W> {
         assert!(self.origin.is_none_or(|origin| origin.len() >= dim));
         assert!(self.sums.iter().all(|sum| sum.out.len() >= dim && sum.weights.len() == self.rows.count()));
         if self.origin.is_some() {
-            self.less::<S, true>(simd);
+            self.add_up::<S, true>(simd);
         } else {
-            self.less::<S, false>(simd);
+            self.add_up::<S, false>(simd);
         }
     }
 }
 
 impl<R: Rows, C: Real, const W: usize> RowSums<'_, R, C, W> {
     #[inline(always)]
-    fn less<S: Simd, const LESS: bool>(self, simd: S) {
+    fn add_up<S: Simd, const LESS: bool>(self, simd: S) {
         let Self { rows, fresh, origin, mut sums } = self;
         let (dim, lanes) = (rows.width(), C::lanes::<S>());
         let origin = origin.unwrap_or_default();

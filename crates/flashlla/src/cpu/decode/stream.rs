@@ -299,6 +299,7 @@ impl<'a, C: Real> Stream<'a, C> {
         let (mut keys, mut scaled) = (vec![C::ZERO; TILE * width], vec![C::ZERO; TILE * width]);
         let mut weights = vec![C::ZERO; n * TILE];
         let mut weighted_scores = [C::ZERO; TILE];
+        let less = self.less();
         for (i, first, count) in Self::tiles(split) {
             if !self.run.goes_on() {
                 break;
@@ -308,7 +309,7 @@ impl<'a, C: Real> Stream<'a, C> {
             let mut ahead = Ahead::new(self, self.inputs.k, next, steps);
             // One row's products are made where the keys lie: to put them down first would take longer than to look at them twice.
             let in_place = n == 1 && !moments && !careful;
-            let tokens = Tokens { place: self.place, range: first..first + count, origin: self.less() };
+            let tokens = Tokens { place: self.place, range: first..first + count, origin: less };
             let in_place = in_place && {
                 weights[count..].fill(C::ZERO);
                 self.inputs.k.dots(arch, tokens.clone(), &self.q, &mut weights[..count])

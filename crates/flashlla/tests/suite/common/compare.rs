@@ -77,7 +77,13 @@ pub fn relative_error(got: &[f64], want: &[f64], floor: f64) -> f64 {
 
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
-    let error = relative_error(got, want, 0.0);
+    assert_near(what, got, want, 0.0, tolerance);
+}
+
+/// Errors count from a floor on, as in [`relative_error`].
+#[track_caller]
+pub fn assert_near(what: &str, got: &[f64], want: &[f64], floor: f64, tolerance: f64) {
+    let error = relative_error(got, want, floor);
     assert!(
         error <= tolerance,
         "{what}: relative error {error:.3e} > {tolerance:.1e}\ngot  {got:?}\nwant {want:?}"
