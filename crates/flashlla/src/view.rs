@@ -196,10 +196,17 @@ impl<'a, T: Element> Run<'a, T> {
     pub fn row(&self, i: usize) -> &'a [T] {
         assert!(i < self.count);
         // SAFETY: `View::run` checked that so many rows are inside the view, whose rows are borrowed memory `step` apart.
-        unsafe {
-            let start = self.first.as_ptr().offset(i as isize * self.step);
-            std::slice::from_raw_parts(start, self.first.len())
-        }
+        unsafe { std::slice::from_raw_parts(self.start(i), self.first.len()) }
+    }
+
+    /// Where a row begins.
+    ///
+    /// # Safety
+    /// There must be such a row.
+    #[inline(always)]
+    pub unsafe fn start(&self, i: usize) -> *const T {
+        // SAFETY: the caller's promise.
+        unsafe { self.first.as_ptr().offset(i as isize * self.step) }
     }
 }
 

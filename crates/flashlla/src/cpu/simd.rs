@@ -142,10 +142,13 @@ impl SimdReal for f32 {
         // SAFETY: a register of f32 is plain values, and fits the array as just checked.
         unsafe { lanes.as_mut_ptr().cast::<S::f32s>().write_unaligned(sum) };
         let mut sums = [lanes[0], lanes[1], lanes[2], lanes[3]];
-        for four in lanes[..S::F32_LANES].chunks_exact(4).skip(1) {
-            for (sum, x) in sums.iter_mut().zip(four) {
-                *sum += x;
+        // (Iterators are not always inlined where a function has instructions of its own.)
+        let mut first = 4;
+        while first < S::F32_LANES {
+            for i in 0..4 {
+                sums[i] += lanes[first + i];
             }
+            first += 4;
         }
         sums
     }

@@ -9,6 +9,8 @@ use std::ops::Range;
 
 /// How many bytes ahead of where it reads a pass asks for memory: tokens mostly follow each other.
 const AHEAD: usize = 4096;
+/// The same while tokens are looked at again, which asks for nothing that is near: by the next look at new ones, memory has brought some.
+const FAR_AHEAD: usize = 16384;
 
 /// Tokens that are looked at together: few, so that they stay in the first-level cache from one look to the next. Sums are put together by these, wherever pages end.
 pub const FEW: usize = 32;
@@ -24,6 +26,11 @@ pub trait Rows: Copy {
     type Item: Element;
     fn count(&self) -> usize;
     fn row(&self, i: usize) -> &[Self::Item];
+    /// Where a row begins.
+    ///
+    /// # Safety
+    /// There must be such a row.
+    unsafe fn start(&self, i: usize) -> *const Self::Item;
 
     /// Their length.
     #[inline(always)]
@@ -44,6 +51,11 @@ impl<T: Element> Rows for Run<'_, T> {
     fn row(&self, i: usize) -> &[T] {
         self.row(i)
     }
+    #[inline(always)]
+    unsafe fn start(&self, i: usize) -> *const T {
+        // SAFETY: the caller's promise.
+        unsafe { self.start(i) }
+    }
 }
 
 impl<T: Element> Rows for &[&[T]] {
@@ -56,12 +68,33 @@ impl<T: Element> Rows for &[&[T]] {
     fn row(&self, i: usize) -> &[T] {
         self[i]
     }
+    #[inline(always)]
+    unsafe fn start(&self, i: usize) -> *const T {
+        // SAFETY: the caller's promise.
+        unsafe { self.get_unchecked(i).as_ptr() }
+    }
 }
 
-/// Asks for what follows some way behind a row.
+/// Asks for what follows so many bytes behind some numbers of a row.
 #[inline(always)]
-fn ask<T>(row: &[T]) {
-    row.chunks(64 / size_of::<T>()).for_each(|line| prefetch(line.as_ptr().wrapping_byte_add(AHEAD)));
+fn ask<T>(row: *const T, count: usize, ahead: usize) {
+    for line in (0..count * size_of::<T>()).step_by(64) {
+        prefetch(row.wrapping_byte_add(ahead + line));
+    }
+}
+
+/// Where `G` rows from `first` on begin; the last one's place stands for those that are not there.
+///
+/// # Safety
+/// There must be `count` rows, and one at least.
+#[inline(always)]
+unsafe fn starts<R: Rows, const G: usize>(rows: &R, first: usize, count: usize) -> [*const R::Item; G] {
+    let mut all = [std::ptr::null(); G];
+    for (g, start) in all.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *start = unsafe { rows.start((first + g).min(count - 1)) };
+    }
+    all
 }
 
 /// A row's first `N` registers, two by two in [an order of their type](crate::cpu::widen::Widen::in_order).
@@ -183,14 +216,17 @@ impl<R: Rows, C: Real> RowDots<'_, R, C> {
             (d, if LESS { in_order::<R::Item, C, S, N>(simd, origin.as_ptr()) } else { d })
         };
         for first in (0..count).step_by(4) {
-            let rows = [0, 1, 2, 3].map(|i| rows.row((first + i).min(count - 1)));
-            rows.iter().for_each(|row| ask(row));
             let mut sums = [C::splat(simd, C::ZERO); 4];
             // SAFETY: registers at multiples of their length within rows, `d` and `origin`, or at the end of rows longer than
             // one; `tail` is as long.
             unsafe {
-                for (sum, row) in sums.iter_mut().zip(rows) {
-                    let row = registers::<R::Item, C, S, N>(simd, row.as_ptr());
+                let starts: [_; 4] = starts(&rows, first, count);
+                for start in starts {
+                    // (Of a number of lines that the compiler knows.)
+                    ask(start, if N > 0 { N * lanes } else { dim }, AHEAD);
+                }
+                for (sum, start) in sums.iter_mut().zip(starts) {
+                    let row = registers::<R::Item, C, S, N>(simd, start);
                     let row = less::<C, S, N, LESS>(simd, row, &ordered_origin);
                     for (d, x) in ordered.iter().zip(row) {
                         *sum = C::fma(simd, *d, x, *sum);
@@ -198,17 +234,18 @@ impl<R: Rows, C: Real> RowDots<'_, R, C> {
                 }
                 for at in (N * lanes..whole).step_by(lanes) {
                     let d = C::load::<S>(d.as_ptr().add(at));
-                    add_products::<R::Item, C, S, LESS>(simd, d, rows, origin, at, &mut sums);
+                    add_products::<R::Item, C, S, LESS>(simd, d, starts, origin, at, &mut sums);
                 }
                 if whole > 0 && whole < dim {
                     // The last register of the row, with zeros for what was there before.
                     let d = C::load::<S>(tail.as_ptr());
-                    add_products::<R::Item, C, S, LESS>(simd, d, rows, origin, dim - lanes, &mut sums);
+                    add_products::<R::Item, C, S, LESS>(simd, d, starts, origin, dim - lanes, &mut sums);
                 }
             }
             let mut sums = C::reduce_four(simd, sums);
             if whole == 0 {
-                for (sum, row) in sums.iter_mut().zip(rows) {
+                for (g, sum) in sums.iter_mut().enumerate() {
+                    let row = rows.row((first + g).min(count - 1));
                     for at in 0..dim {
                         let x = row[at].to_real::<C>();
                         *sum += d[at] * if LESS { x - origin[at] } else { x };
@@ -228,7 +265,7 @@ impl<R: Rows, C: Real> RowDots<'_, R, C> {
 unsafe fn add_products<T: Element, C: Real, S: Simd, const LESS: bool>(
     simd: S,
     d: C::V<S>,
-    rows: [&[T]; 4],
+    rows: [*const T; 4],
     origin: &[C],
     at: usize,
     sums: &mut [C::V<S>; 4],
@@ -237,7 +274,7 @@ unsafe fn add_products<T: Element, C: Real, S: Simd, const LESS: bool>(
     unsafe {
         let origin = if LESS { C::load::<S>(origin.as_ptr().add(at)) } else { d };
         for (sum, row) in sums.iter_mut().zip(rows) {
-            let x = T::register::<S, C>(simd, row.as_ptr().add(at));
+            let x = T::register::<S, C>(simd, row.add(at));
             *sum = C::fma(simd, d, if LESS { C::v_sub(simd, x, origin) } else { x }, *sum);
         }
     }
@@ -313,45 +350,85 @@ impl<R: Rows, C: Real> RowStep<'_, R, C> {
                 d
             };
             let mut parts = [zero; N];
-            for first in (0..count).step_by(G) {
+            let mut first = 0;
+            while first + G <= count {
+                let mut some = [C::ZERO; G];
+                some.copy_from_slice(&w[first..first + G]);
+                let starts = starts::<R, G>(&rows, first, first + G);
+                let (products, sum) = held_rows::<R::Item, C, S, N, G, LESS>(
+                    simd, starts, &origin, &d, shift, some, &mut parts,
+                );
+                t[first..first + G].copy_from_slice(&products);
+                total += sum;
+                first += G;
+            }
+            if first < count {
                 // Rows that are not there are the last one, with a weight of 0.
-                let here: [&[R::Item]; G] = std::array::from_fn(|g| rows.row((first + g).min(count - 1)));
-                here.iter().for_each(|row| ask(row));
-                let mut held = [[zero; N]; G];
-                for (held, row) in held.iter_mut().zip(here) {
-                    let row = registers::<R::Item, C, S, N>(simd, row.as_ptr());
-                    *held = less::<C, S, N, LESS>(simd, row, &origin);
-                }
-                // Two rows have two sums each, so that additions wait for fewer of them.
-                let each = 4 / G;
-                let mut sums = [zero; 4];
-                for (g, row) in held.iter().enumerate() {
-                    for (i, (&d, &x)) in d.iter().zip(row).enumerate() {
-                        let sum = &mut sums[g * each + i % each];
-                        *sum = C::fma(simd, d, x, *sum);
-                    }
-                }
-                let sums = C::reduce_four(simd, sums);
-                for (g, row) in held.iter().enumerate() {
-                    let product = if G == 2 { sums[2 * g] + sums[2 * g + 1] } else { sums[g] } - shift;
-                    let mut weighted = C::ZERO;
-                    if first + g < count {
-                        t[first + g] = product;
-                        if w[first + g] > C::ZERO {
-                            weighted = w[first + g] * product;
-                        }
-                    }
-                    total += weighted;
-                    let weighted = C::splat(simd, weighted);
-                    for (part, &x) in parts.iter_mut().zip(row) {
-                        *part = C::fma(simd, weighted, x, *part);
-                    }
-                }
+                let mut some = [C::ZERO; G];
+                some[..count - first].copy_from_slice(&w[first..count]);
+                let starts = starts::<R, G>(&rows, first, count);
+                let (products, sum) = held_rows::<R::Item, C, S, N, G, LESS>(
+                    simd, starts, &origin, &d, shift, some, &mut parts,
+                );
+                t[first..count].copy_from_slice(&products[..count - first]);
+                total += sum;
             }
             add_to::<R::Item, C, S, N>(simd, parts, out.as_mut_ptr());
         }
         total
     }
+}
+
+/// What [`RowStep`] does with `G` rows of `N` registers: the products less `shift`, and the sum of those times their weights; the rows times that are added to
+/// `parts`.
+///
+/// # Safety
+/// Rows must have so many numbers.
+#[inline(always)]
+unsafe fn held_rows<T: Element, C: Real, S: Simd, const N: usize, const G: usize, const LESS: bool>(
+    simd: S,
+    starts: [*const T; G],
+    origin: &[C::V<S>; N],
+    d: &[C::V<S>; N],
+    shift: C,
+    w: [C; G],
+    parts: &mut [C::V<S>; N],
+) -> ([C; G], C) {
+    let zero = C::splat(simd, C::ZERO);
+    let mut held = [[zero; N]; G];
+    for (held, start) in held.iter_mut().zip(starts) {
+        ask(start, N * C::lanes::<S>(), AHEAD);
+        // SAFETY: the caller's promise.
+        let row = unsafe { registers::<T, C, S, N>(simd, start) };
+        *held = less::<C, S, N, LESS>(simd, row, origin);
+    }
+    // Two rows have two sums each, so that additions wait for fewer of them.
+    let each = 4 / G;
+    let mut sums = [zero; 4];
+    for (g, row) in held.iter().enumerate() {
+        for (i, (&d, &x)) in d.iter().zip(row).enumerate() {
+            let sum = &mut sums[g * each + i % each];
+            *sum = C::fma(simd, d, x, *sum);
+        }
+    }
+    let sums = C::reduce_four(simd, sums);
+    let (mut products, mut weighted) = ([C::ZERO; G], [C::ZERO; G]);
+    for g in 0..G {
+        products[g] = if G == 2 { sums[2 * g] + sums[2 * g + 1] } else { sums[g] } - shift;
+        let product = w[g] * products[g];
+        weighted[g] = if w[g] > C::ZERO { product } else { C::ZERO };
+    }
+    for (row, &weighted) in held.iter().zip(&weighted) {
+        let weighted = C::splat(simd, weighted);
+        for (part, &x) in parts.iter_mut().zip(row) {
+            *part = C::fma(simd, weighted, x, *part);
+        }
+    }
+    let mut sum = C::ZERO;
+    for x in weighted {
+        sum += x;
+    }
+    (products, sum)
 }
 
 /// What lies beyond the last whole register of a row, in the place where it ends the row's last register; zeros before.
@@ -380,7 +457,7 @@ impl<C> Sum<'_, C> {
 /// Such sums over rows less `origin`.
 pub struct RowSums<'a, R, C, const W: usize> {
     pub rows: R,
-    /// Whether nobody has looked at the rows just before, and asked for those that follow.
+    /// Whether nobody has looked at the rows just before, and asked for those that follow soon.
     pub fresh: bool,
     pub origin: Option<&'a [C]>,
     pub sums: [Sum<'a, C>; W],
@@ -474,6 +551,11 @@ impl<R: Rows> Rows for Ends<R> {
     fn row(&self, i: usize) -> &[R::Item] {
         &self.rows.row(i)[self.from..]
     }
+    #[inline(always)]
+    unsafe fn start(&self, i: usize) -> *const R::Item {
+        // SAFETY: the caller's promise; rows are longer than `from`.
+        unsafe { self.rows.start(i).add(self.from) }
+    }
 }
 
 /// [`RowSums`] for `N` registers of columns from `at` on.
@@ -496,11 +578,9 @@ unsafe fn add_rows<R: Rows, C: Real, S: Simd, const W: usize, const N: usize, co
         let origin =
             if LESS { in_order::<R::Item, C, S, N>(simd, origin.as_ptr().add(at)) } else { [zero; N] };
         for j in 0..rows.count() {
-            let row = rows.row(j);
-            if fresh {
-                ask(&row[at..at + N * C::lanes::<S>()]);
-            }
-            let row = registers::<R::Item, C, S, N>(simd, row.as_ptr().add(at));
+            let row = rows.start(j).add(at);
+            ask(row, N * C::lanes::<S>(), if fresh { AHEAD } else { FAR_AHEAD });
+            let row = registers::<R::Item, C, S, N>(simd, row);
             let row = less::<C, S, N, LESS>(simd, row, &origin);
             for (parts, sum) in parts.iter_mut().zip(&*sums) {
                 let weight = C::splat(simd, *sum.weights.get_unchecked(j));
