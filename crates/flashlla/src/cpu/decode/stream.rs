@@ -146,7 +146,7 @@ impl<'a, C: Real> Stream<'a, C> {
         rows: &'a [Row],
         splits: Vec<Range<usize>>,
     ) -> Self {
-        let (dim, width) = (inputs.attention.head_dim(), padded(inputs.attention.head_dim(), LANES));
+        let width = padded(inputs.attention.head_dim(), LANES);
         let mut this = Self {
             run,
             inputs,
@@ -158,7 +158,7 @@ impl<'a, C: Real> Stream<'a, C> {
             longest: C::ZERO,
             q: vec![C::ZERO; rows.len() * width],
         };
-        this.find_origin(dim);
+        this.find_origin();
         this
     }
 
@@ -171,7 +171,7 @@ impl<'a, C: Real> Stream<'a, C> {
     }
 
     /// The mean of a few finite keys, evenly spread.
-    fn find_origin(&mut self, dim: usize) {
+    fn find_origin(&mut self) {
         let (Some(first), Some(last)) = (self.splits.first(), self.splits.last()) else { return };
         let (first, keys) = (first.start, last.end - first.start);
         let mut samples = vec![C::ZERO; SAMPLES.min(keys) * self.width];
@@ -183,14 +183,10 @@ impl<'a, C: Real> Stream<'a, C> {
         let mut finite: Vec<&[C]> = samples.chunks_exact(self.width).filter(finite).collect();
         // One wild key would move the mean of all: the two farthest from the coordinates' middle do not count.
         if finite.len() == SAMPLES {
-            let middle: Vec<C> = (0..dim)
-                .map(|d| {
-                    let mut column: Vec<C> = finite.iter().map(|key| key[d]).collect();
-                    column.sort_unstable_by(|a, b| a.partial_cmp(b).expect("finite"));
-                    column[SAMPLES / 2]
-                })
-                .collect();
-            let far = |key: &[C]| key.iter().zip(&middle).map(|(&x, &m)| (x - m) * (x - m)).sum::<C>();
+            let mut sorted: Vec<Vec<C>> = finite.iter().map(|key| key.to_vec()).collect();
+            sort_columns(&mut sorted);
+            let middle = &sorted[SAMPLES / 2];
+            let far = |key: &[C]| key.iter().zip(middle).map(|(&x, &m)| (x - m) * (x - m)).sum::<C>();
             finite.sort_by(|a, b| far(a).partial_cmp(&far(b)).unwrap_or(std::cmp::Ordering::Equal));
             finite.truncate(SAMPLES - 2);
         }
@@ -486,6 +482,26 @@ impl<'a, C: Real> Stream<'a, C> {
     }
 }
 
+/// Sorts every column of [`SAMPLES`] rows, all columns side by side: by Batcher's network of exchanges, odd-even merges of two, four and eight.
+fn sort_columns<C: Real>(rows: &mut [Vec<C>]) {
+    #[rustfmt::skip]
+    const EXCHANGES: [[usize; 2]; 19] = [
+        [0, 1], [2, 3], [4, 5], [6, 7],
+        [0, 2], [1, 3], [4, 6], [5, 7],
+        [1, 2], [5, 6],
+        [0, 4], [1, 5], [2, 6], [3, 7],
+        [2, 4], [3, 5],
+        [1, 2], [3, 4], [5, 6],
+    ];
+    for places in EXCHANGES {
+        let [low, high] = rows.get_disjoint_mut(places).expect("two of the rows");
+        for (low, high) in low.iter_mut().zip(high.iter_mut()) {
+            let (x, y) = (*low, *high);
+            (*low, *high) = if y < x { (y, x) } else { (x, y) };
+        }
+    }
+}
+
 /// `moments += scaledᵀ scaled`, the upper half in steps of [`MOMENT_ROWS`].
 /// `between` is called before each of them.
 pub fn add_moments<C: Real>(
@@ -507,5 +523,25 @@ pub fn add_moments<C: Real>(
             right,
             AddProduct { data: into, row: width },
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_column_is_sorted() {
+        // A network that sorts all sequences of two values sorts all sequences (the zero-one principle).
+        let bit = |i: usize, row: usize| f64::from(u8::from(i >> row & 1 == 1));
+        let mut rows: Vec<Vec<f64>> =
+            (0..SAMPLES).map(|row| (0..1 << SAMPLES).map(|i| bit(i, row)).collect()).collect();
+        sort_columns(&mut rows);
+        for i in 0..1usize << SAMPLES {
+            let ones = i.count_ones() as usize;
+            let column: Vec<f64> = rows.iter().map(|row| row[i]).collect();
+            let want: Vec<f64> = (0..SAMPLES).map(|row| f64::from(u8::from(row >= SAMPLES - ones))).collect();
+            assert_eq!(column, want, "{i:08b}");
+        }
     }
 }
