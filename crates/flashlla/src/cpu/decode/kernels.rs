@@ -336,7 +336,7 @@ impl<T: Real> WithSimd for Weigh<'_, T> {
     fn with_simd<S: Simd>(self, simd: S) -> T {
         let Self { t, w, shift, sign, one } = self;
         assert!(w.len() >= t.len() && t.len().is_multiple_of(T::lanes::<S>()));
-        let [shift, sign, one] = [shift, sign, one].map(|x| T::splat(simd, x));
+        let (shift, sign, one) = (T::splat(simd, shift), T::splat(simd, sign), T::splat(simd, one));
         let mut sum = T::splat(simd, T::ZERO);
         // SAFETY: registers at multiples of their length below that of both, as just checked.
         unsafe {
